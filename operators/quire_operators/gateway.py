@@ -3,13 +3,18 @@ whose workers are its own.
 
 There is one gateway, named `default`; without a manifest it has its defaults. The router is started with the
 first object and then runs until `down`, with or without a control plane. Its shim starts it again when it ends,
-and keeps the listening socket meanwhile, so that connections queue instead of being refused. A gateway with
-another address replaces shim and router: running requests finish first, within the router's own grace. Port 0 is
-any free one, and then the same again as long as nobody else took it.
+and keeps the listening socket meanwhile, so that connections queue instead of being refused.
+
+A gateway that asks for another router (its workers, TLS, telemetry, metrics) gets one beside the one there is:
+they share the socket, the old one takes nothing more as soon as the new one serves, and has its grace for what
+runs. One that does not come to serve changes nothing. A gateway with another address replaces shim and router:
+running requests finish first, within the router's own grace. Port 0 is any free one, and then the same again as
+long as nobody else took it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import stat
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +25,15 @@ from typing import Any
 from quire_operators import certificates, status
 from quire_operators.certificates import BadCertificate
 from quire_operators.clock import on_the_wall
-from quire_operators.fleet.local import Life, LocalFleet, Observation, StartFailed, Unit
+from quire_operators.fleet.local import (
+    Ended,
+    Life,
+    LocalFleet,
+    Observation,
+    RenewFailed,
+    StartFailed,
+    Unit,
+)
 from quire_operators.host import address_problem
 from quire_operators.paths import StateDir
 from quire_operators.records import StoredObject
@@ -42,6 +55,10 @@ UNIT = "gateway"
 RETRY_SECONDS = 3.0
 STOP_GRACE = 35.0
 """Above the router's own grace for running requests, so that it is the router that ends them."""
+RENEW_SECONDS = 60.0
+"""How long a router that is to take the place of another one may take until it serves."""
+RENEW_AGAIN_SECONDS = 30.0
+"""After one that did not."""
 NOT_RETRYABLE = 78
 
 
@@ -113,6 +130,7 @@ class GatewayReconciler:
         self._environ = environ
         self._clock = clock
         self._failure: Fact | None = None
+        self._renewed_at = float("-inf")
         self.routes: Routes | None = None
 
     # ── questions ─────────────────────────────────────────────────────────────────────────────────────────
@@ -167,14 +185,19 @@ class GatewayReconciler:
         return http_settings(resolved_spec(self._store.get(KEY)))
 
     def ready(self) -> bool:
-        """Whether the router runs as the gateway says, and has answered the control plane."""
-        seen = self.current()
-        if seen is None or seen.stopping or dict(seen.labels) != _labels(resolved_spec(self._store.get(KEY))):
+        """Whether a router runs where the gateway says, and has answered the control plane."""
+        seen, wanted = self.current(), _labels(resolved_spec(self._store.get(KEY)))
+        if seen is None or seen.stopping or _moves(seen, wanted):
             return False
         if not self.router_runs() or self.routes is None or self.routes.knowledge() is not Router.KNOWN:
             return False
         # the last answer may be of the router before this one
-        return self.routes.status is not None and self.routes.status.pid == seen.child_pid
+        return self.routes.status is not None and self.routes.status.pid in (seen.child_pid, seen.following_pid)
+
+    def overlaps(self) -> bool:
+        """Whether a router beside the one that answers may have requests."""
+        seen = self.current()
+        return seen is not None and seen.overlaps
 
     def workers(self) -> tuple[int, int]:
         """How many processes the router is to have, and how many of them take requests."""
@@ -255,19 +278,47 @@ class GatewayReconciler:
     async def _check(self, seen: Observation, spec: Mapping[str, Any]) -> float | None:
         if seen.life is Life.UNKNOWN:
             return RETRY_SECONDS
-        if dict(seen.labels) != _labels(spec) and not seen.stopping:
-            moves = any(seen.labels.get(name) != _labels(spec)[name] for name in ("host", "port"))
-            text = (
-                f"the router moves from {self.base_url()} to {spec['bind']}:{spec['port']}"
-                if moves
-                else "the router starts again with other settings for TLS, traces, metrics or workers"
-            )
-            self._store.add_event(KEY, "Normal", "Replacing", text)
-            acted(text)
+        wanted = _labels(spec)
+        if dict(seen.labels) == wanted or seen.stopping:
+            self._tell_why_it_does_not_start(seen)
+            return None
+        if not _moves(seen, wanted):
+            return await self._renew(seen, spec)
+        await self._stop(seen, f"the router moves from {self.base_url()} to {spec['bind']}:{spec['port']}")
+        return RETRY_SECONDS
+
+    async def _stop(self, seen: Observation, why: str) -> None:
+        self._store.add_event(KEY, "Normal", "Replacing", why)
+        acted(why)
+        self._failure = None
+        await self._fleet.stop(seen.folder, STOP_GRACE)
+
+    async def _renew(self, seen: Observation, spec: Mapping[str, Any]) -> float | None:
+        """Have another router take the place of this one at the same address."""
+        wanted = _labels(spec)
+        if seen.following == wanted:
+            return None
+        if seen.following is None and seen.refused is not None and seen.refused.labels == wanted:
+            why = _said(seen.refused.ended)
+            text = f"a router with these settings does not start: {why}; it is tried again, and the old one serves"
+            self._fail(Reason.ROUTER_FAILED, text)
+            left = self._renewed_at + RENEW_AGAIN_SECONDS - self._clock()
+            if left > 0:
+                return left
+        else:
             self._failure = None
-            await self._fleet.stop(seen.folder, STOP_GRACE)
+        text = "a router with other settings for TLS, traces, metrics or workers is to take over"
+        self._renewed_at = self._clock()
+        try:
+            await self._fleet.renew(self._unit(seen.folder, seen.incarnation, seen.nonce, spec), RENEW_SECONDS)
+        except RenewFailed as error:  # its shim is of a version that cannot
+            log.warning("no router can take over: %s", error)
+            await self._stop(
+                seen, "the router starts again with other settings for TLS, traces, metrics or workers"
+            )
             return RETRY_SECONDS
-        self._tell_why_it_does_not_start(seen)
+        self._store.add_event(KEY, "Normal", "Replacing", text)
+        acted(text)
         return None
 
     def _tell_why_it_does_not_start(self, seen: Observation) -> None:
@@ -279,13 +330,11 @@ class GatewayReconciler:
             self._failure = None
         if seen.stopping or seen.running or ended is None:
             return
-        said = next((line for line in reversed(ended.tail) if line.startswith("error: ")), "")
-        if not (said or ended.code == NOT_RETRYABLE):
+        if not (_error_of(ended) or ended.code == NOT_RETRYABLE):
             self._failure = None
             return
-        why = said.removeprefix("error: ") or ended.text()
         again = "" if ended.code == NOT_RETRYABLE else "; it is tried again"
-        self._fail(Reason.ROUTER_FAILED, f"the router does not start: {why}{again}")
+        self._fail(Reason.ROUTER_FAILED, f"the router does not start: {_said(ended)}{again}")
 
     def _listen_on(self, host: str, port: int) -> tuple[str, int]:
         """The declared address; for port 0 the one that was found last, if it is free: whoever has the base URL of
@@ -299,23 +348,8 @@ class GatewayReconciler:
         host, port = spec["bind"], spec["port"]
         incarnation = self._store.next_incarnation(UNIT)
         folder = self._state.gateway / "router" / str(incarnation)
-        unit = Unit(
-            folder=folder,
-            name=UNIT,
-            incarnation=incarnation,
-            nonce=Store.new_nonce(),
-            argv=self._command.argv(folder / "router.json"),
-            env=without_tokens(self._environ, [each.resolved for each in self._store.objects()]),
-            cwd=self._state.root,
-            log=self._state.log("router"),
-            labels=_labels(spec),
-            files={"router.json": self._command.config(spec)},
-            listen=self._listen_on(host, port),
-            restart=True,
-            grace=STOP_GRACE,
-        )
         try:
-            await self._fleet.start(unit)
+            await self._fleet.start(self._unit(folder, incarnation, Store.new_nonce(), spec))
         except StartFailed as error:
             if error.code == "address_in_use":
                 self._fail(
@@ -331,9 +365,33 @@ class GatewayReconciler:
         acted(f"the router listens on {where}")
         return None
 
+    def _unit(self, folder: Path, incarnation: int, nonce: str, spec: Mapping[str, Any]) -> Unit:
+        """A router as the gateway wants it. Its file has a name of its own: one beside it reads another one."""
+        config = self._command.config(spec)
+        name = f"router-{hashlib.sha256(config).hexdigest()[:12]}.json"
+        return Unit(
+            folder=folder,
+            name=UNIT,
+            incarnation=incarnation,
+            nonce=nonce,
+            argv=self._command.argv(folder / name),
+            env=without_tokens(self._environ, [each.resolved for each in self._store.objects()]),
+            cwd=self._state.root,
+            log=self._state.log("router"),
+            labels=_labels(spec),
+            files={name: config},
+            listen=self._listen_on(spec["bind"], spec["port"]),
+            restart=True,
+            grace=STOP_GRACE,
+        )
+
     def _rolled_out(self, *, ready: bool) -> Fact:
         if not ready or self.routes is None:
             return Fact("RolledOut", False, Reason.ROUTER_NOT_READY, self.unavailable() or "")
+        seen = self.current()
+        if seen is not None and dict(seen.labels) != _labels(resolved_spec(self._store.get(KEY))):
+            text = "another router is to take over; this one serves as before"
+            return Fact("RolledOut", False, Reason.ROUTER_NOT_READY, text)
         wanted, serving = self.workers()
         if serving < wanted:
             text = f"{serving} of {wanted} workers take requests; the others start"
@@ -377,7 +435,7 @@ class GatewayReconciler:
         idle = self.current() is None and not self._store.objects()
         wanted, serving = self.workers()
         listening = "Listening" if serving >= wanted else f"Listening, {serving} of {wanted} workers"
-        words = listening if ready else f"Stalled: {failure.reason}" if failure else "Starting"
+        words = f"Stalled: {failure.reason}" if failure else listening if ready else "Starting"
         return {
             "observedGeneration": generation,
             "summary": "Not started" if idle else words,
@@ -386,6 +444,21 @@ class GatewayReconciler:
             "conditions": shown,
             "remedies": [] if idle else status.remedies(str(KEY), shown),
         }
+
+
+def _moves(seen: Observation, wanted: Mapping[str, Any]) -> bool:
+    """Whether the address that was declared is another one."""
+    return any(seen.labels.get(name) != wanted[name] for name in ("host", "port"))
+
+
+def _error_of(ended: Ended) -> str:
+    """What a router said of why it ended; "" if it did not."""
+    said = next((line for line in reversed(ended.tail) if line.startswith("error: ")), "")
+    return said.removeprefix("error: ")
+
+
+def _said(ended: Ended) -> str:
+    return _error_of(ended) or ended.text()
 
 
 def _labels(spec: Mapping[str, Any]) -> dict[str, Any]:

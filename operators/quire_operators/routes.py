@@ -143,10 +143,13 @@ class Routes:
         store: Store,
         router_runs: Callable[[], bool | None],
         clock: Callable[[], float],
+        overlaps: Callable[[], bool] = lambda: False,
     ) -> None:
+        """`overlaps`: whether a router that does not answer here may have requests, at whichever replica."""
         self._socket = socket
         self._store = store
         self._router_runs = router_runs
+        self._overlaps = overlaps
         self._clock = clock
         self._sent: dict[int, wire.RoutingTable] = {}
         self._status: wire.RouterStatus | None = None
@@ -196,7 +199,7 @@ class Routes:
             connected=connected,
             routed=routed,
             released=endpoint is None or endpoint.draining,
-            in_flight=load.in_flight if load is not None else 0,
+            in_flight=self._in_flight(load),
             hot_hash=load.hot_hash if load is not None else None,
             unready_since=self._lost.get(name),
             failing=load is not None and _fails(load),
@@ -242,7 +245,11 @@ class Routes:
         if table is None or self._status is None:
             return False, 0
         load = self._loads.get((name, incarnation))
-        return (name, incarnation) not in self._endpoints, load.in_flight if load is not None else 0
+        return (name, incarnation) not in self._endpoints, self._in_flight(load)
+
+    def _in_flight(self, load: wire.ReplicaLoad | None) -> int:
+        """By the router's word, and at least one while another one may have some."""
+        return max(load.in_flight if load is not None else 0, int(self._overlaps()))
 
     # ── conversation ──────────────────────────────────────────────────────────────────────────────────────
 

@@ -1,7 +1,7 @@
 """Kind `Gateway`: where clients connect. There is one, named `default`; without a manifest it has its defaults.
 
-A change of `bind`, `port`, `workers`, `tls`, `metrics` or `telemetry` is `rolling`: the router is replaced behind
-the same or a new listening socket. What is hot the running router takes, and no stream notices.
+A change of `bind`, `port`, `workers`, `tls`, `metrics` or `telemetry` is `rolling`: another router takes over, on
+the same listening socket or a new one. What is hot the running router takes, and no stream notices.
 """
 
 from __future__ import annotations

@@ -9,9 +9,12 @@ import os
 import signal
 import socket
 import ssl
+import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +173,111 @@ def test_settings_that_cannot_be_are_refused_where_they_stand(plane: Plane, fiel
 
 
 # ── workers ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Clients:
+    """Some that ask one question after the other, each on a connection that it keeps, and one that keeps none."""
+
+    def __init__(self, url: str, count: int = 3) -> None:
+        self.url = url
+        self.told: Counter[str] = Counter()
+        """What came of each question."""
+        self._over = threading.Event()
+        self._threads = [threading.Thread(target=self._ask, args=(number > 0,)) for number in range(count)]
+
+    def __enter__(self) -> Clients:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        for thread in self._threads:
+            thread.join(60)
+
+    def _ask(self, keeps: bool) -> None:
+        body = {"model": "asked", "prompt": "hi", "max_tokens": 1}
+        headers = {} if keeps else {"connection": "close"}
+        with httpx.Client(timeout=30) as http:
+            while not self._over.wait(0.01):
+                try:
+                    answer = http.post(self.url, json=body, headers=headers)
+                    self.told[str(answer.status_code)] += 1
+                except httpx.HTTPError as error:
+                    self.told[repr(error)] += 1
+
+
+def test_another_router_takes_over_beside_the_one_there_is_and_nobody_is_refused(
+    plane: Plane, served: str, tmp_path: Path
+) -> None:
+    router, held = plane.client.get("/v1/ping")["router"], partial(model, RUSH=tmp_path / "rush", STEP=0.05)
+    plane.apply(held("held"))
+    plane.wait_served("held")
+    with Clients(served) as clients:
+        stream = Stream(plane.base_url, "held", 1900)
+        stream.wait_running()
+        for fields in ("workers: 2", "metrics: {compat: vllm}"):
+            plane.apply(gateway(fields))
+            settled(plane)
+            now = plane.client.get("/v1/ping")["router"]
+            assert (now["baseUrl"], now["pid"] == router["pid"]) == (router["baseUrl"], False)
+            assert ask(served).status_code == 200
+            router = now
+        assert "vllm:num_requests_running" in httpx.get(plane.base_url.replace("/v1", "/metrics")).text
+        assert stream.is_alive(), "the first of three routers has it"
+
+        # a rollout: the router that answers knows nothing of the stream, and its replica stays until it ends
+        before = {replica["id"] for replica in plane.view("held")["replicas"]}
+        plane.apply(held("held", ROUND=1))
+
+        def moved() -> bool:
+            replicas = {replica["id"]: replica["state"] for replica in plane.view("held")["replicas"]}
+            return any(state == "Ready" for name, state in replicas.items() if name not in before)
+
+        eventually(moved, "another replica serves")
+        time.sleep(1.0)
+        assert stream.is_alive(), stream.problem
+        assert before <= {replica["id"] for replica in plane.view("held")["replicas"]}
+        (tmp_path / "rush").touch()
+        stream.finish()
+        plane.wait_served("held")
+        eventually(
+            lambda: not before & {replica["id"] for replica in plane.view("held")["replicas"]},
+            "the one before is gone",
+        )
+    assert set(clients.told) == {"200"}, clients.told
+    plane.delete("held")
+
+
+def test_a_router_that_does_not_come_to_serve_changes_nothing(plane: Plane, served: str) -> None:
+    router, site = plane.client.get("/v1/ping")["router"], Path(plane.env["PYTHONPATH"]) / "sitecustomize.py"
+    before = site.read_text()
+    site.write_text(
+        "import os, sys\n"
+        "if 'quire.router' in sys.orig_argv:\n"
+        "    os.write(2, b'error: not today\\n')\n"
+        "    os._exit(78)\n"
+    )
+    try:
+        plane.apply(gateway("workers: 2"))
+
+        def stalled() -> dict[str, Any] | None:
+            view: dict[str, Any] = plane.client.get("/v1/objects/gateway/default")
+            now = {c["type"]: c for c in view["status"]["conditions"]}
+            return now if now["Stalled"]["status"] == "True" else None
+
+        now = dict(eventually(stalled, "the gateway says why"))
+    finally:
+        site.write_text(before)
+    assert now["Stalled"]["reason"] == "RouterFailed"
+    assert "not today" in now["Stalled"]["message"]
+    assert (now["Ready"]["status"], now["RolledOut"]["status"]) == ("True", "False")
+    assert ask(served).status_code == 200
+    assert plane.client.get("/v1/ping")["router"] == router
+    assert plane.condition("asked", "Ready")["status"] == "True"
+    plane.apply(gateway("metrics: {compat: vllm}"))
+    settled(plane)
+    assert plane.client.get("/v1/ping")["router"]["pid"] != router["pid"]
 
 
 @pytest.mark.nightly

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
 import json
 import os
 import signal
@@ -172,6 +173,33 @@ async def test_sigterm_lets_a_stream_finish(own_world: World) -> None:
         world.process.send_signal(signal.SIGTERM)
         text = "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
     assert text == TEXT
+
+
+async def test_sigterm_tells_whoever_asks_on_that_a_connection_ends(own_world: World) -> None:
+    world = own_world
+
+    def asks_on() -> list[str | None]:
+        """Ask over one connection until there is an answer that ends it: what each said of the connection."""
+        busy, idle = (http.client.HTTPConnection("127.0.0.1", world.port, timeout=10) for _ in range(2))
+        for each in (busy, idle):
+            each.request("GET", "/livez")
+            assert each.getresponse().read()
+            each.auto_open = 0  # one connection, and no other one after it
+        world.process.send_signal(signal.SIGTERM)
+        told: list[str | None] = []
+        while "close" not in told:
+            busy.request("GET", "/livez")
+            answer = busy.getresponse()
+            assert answer.status == 200
+            assert answer.read()
+            told.append(answer.headers.get("connection"))
+        assert idle.sock.recv(1) == b"", "who asks nothing is left soon"
+        idle.close()
+        return told
+
+    told = await asyncio.to_thread(asks_on)
+    assert told[:-1] == [None] * (len(told) - 1)
+    assert await asyncio.to_thread(world.process.wait, 5) == 0
 
 
 async def test_sigterm_ends_a_stream_that_takes_too_long_with_an_error(own_world: World) -> None:

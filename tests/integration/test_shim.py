@@ -239,6 +239,127 @@ def test_a_router_that_crashes_comes_back_behind_the_same_socket_and_no_connecti
     assert shim.ask(op="stop", grace=1)["gone"]
 
 
+FOLLOWER = """
+import os, signal, socket, sys, time
+sock = socket.socket(fileno=int(os.environ["QUIRE_LISTEN_FD"]))
+served = []
+def leave(*_):
+    if "finishes" in sys.argv[2:]:
+        sock.close()
+        open(sys.argv[2], "w").write("finishes")
+        time.sleep(1)
+    sys.exit(0)
+signal.signal(signal.SIGTERM, leave)
+if "fails" in sys.argv[2:]:
+    sys.exit("error: not with these settings")
+if "hangs" in sys.argv[2:]:
+    time.sleep(60)
+os.write(int(sys.argv[1]), b'{"event": "ready"}\\n')
+while True:
+    connection, _ = sock.accept()
+    with connection:
+        connection.recv(100)
+        connection.sendall(str(os.getpid()).encode())
+"""
+
+
+class Renewable:
+    """A shim over a server, and what another server on its socket is asked for by."""
+
+    def __init__(self, start: Start, folder: Path) -> None:
+        self.folder = folder
+        self.marker = folder / "finishes"
+        spec = {"listen": {"host": "127.0.0.1", "port": 0}, "restart": True}
+        self.shim = start(FOLLOWER, **spec, backoff={"base": 0.05, "max": 1.0, "healthy": 60.0})
+        self.port = self.shim.ask(op="hello")["listen"][1]
+        self.document = json.loads((self.shim.folder / "shim.json").read_text())
+
+    def spec(self, *words: str, **more: Any) -> Path:
+        path = self.folder / "next.json"
+        argv = [*self.document["argv"], str(self.marker), *words]
+        path.write_text(json.dumps({**self.document, "argv": argv, "labels": {"words": words}, **more}))
+        return path
+
+    def renew(self, *words: str, grace: float = 5.0, within: float = 5.0) -> dict[str, Any]:
+        return self.shim.ask(op="renew", spec=str(self.spec(*words)), grace=grace, within=within)
+
+    def state_when(self, holds: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
+        return dict(eventually(lambda: holds(s := self.shim.ask(op="status")) and s, "the shim is so far"))
+
+
+@pytest.fixture
+def renewable(start: Start, tmp_path: Path) -> Renewable:
+    return Renewable(start, tmp_path)
+
+
+def test_another_child_takes_over_once_it_serves_and_the_one_before_finishes(renewable: Renewable) -> None:
+    first = say(renewable.port, b"hello")
+    asked = renewable.renew("finishes")
+    assert (asked["childPid"], asked["labels"], asked["next"]["labels"]) == (
+        first, {"model": "m"}, {"words": ["finishes"]},
+    )  # fmt: skip
+    over = renewable.state_when(lambda state: state["labels"] == {"words": ["finishes"]})
+    second = over["childPid"]
+    assert (over["next"], over["running"], over["starts"], over["exit"]) == (None, True, 1, None)
+    assert say(renewable.port, b"hello") == second != first
+    renewable.state_when(lambda state: not state["leaving"])
+    assert not alive(first)
+    kept = json.loads((renewable.shim.folder / "shim.json").read_text())
+    assert (kept["labels"], kept["listen"]) == ({"words": ["finishes"]}, renewable.document["listen"])
+
+    renewable.renew()
+    leaves = renewable.state_when(lambda state: state["labels"] == {"words": []})
+    assert leaves["leaving"] == [second]
+    third = say(renewable.port, b"hello")
+    assert third == leaves["childPid"], "nobody waits for the one that finishes"
+    eventually(renewable.marker.exists, "it has a second for what runs")
+    assert alive(second)
+    os.kill(third, signal.SIGKILL)
+    eventually(lambda: not alive(third), "it is gone")
+    assert say(renewable.port, b"hello") not in (first, second, third), "what is started again is the newest"
+    assert renewable.shim.ask(op="status")["starts"] == 2
+    assert renewable.shim.ask(op="stop", grace=1)["gone"]
+
+
+def test_a_child_that_does_not_come_to_serve_changes_nothing(renewable: Renewable) -> None:
+    first = say(renewable.port, b"hello")
+    renewable.renew("fails")
+    refused = renewable.state_when(lambda state: state["refused"])
+    assert refused["refused"]["labels"] == {"words": ["fails"]}
+    assert refused["refused"]["exit"]["tail"] == ["error: not with these settings"]
+    assert (refused["labels"], refused["next"], refused["exit"]) == ({"model": "m"}, None, None)
+
+    renewable.renew("hangs", within=0.3)
+    late = renewable.state_when(lambda state: state["refused"])
+    assert late["refused"]["exit"]["message"] == "it was not ready within 0.3 s"
+
+    hanging = renewable.renew("hangs")["next"]["pid"]
+    os.kill(first, signal.SIGKILL)
+    eventually(lambda: not alive(first), "it is gone")  # and started again as it was, beside the one that hangs
+    assert say(renewable.port, b"hello") != first
+    assert renewable.shim.ask(op="status")["labels"] == {"model": "m"}
+    renewable.renew()  # and nobody waits for that one any more
+    renewable.state_when(lambda state: state["labels"] == {"words": []} and not state["leaving"])
+    assert not alive(hanging)
+    assert renewable.shim.ask(op="status")["refused"] is None
+
+    for problem in (renewable.folder / "none.json", renewable.spec(identity={**IDENTITY, "nonce": "other"})):
+        assert "error" in renewable.shim.ask(op="renew", spec=str(problem))
+    hanging = renewable.renew("hangs")["next"]["pid"]
+    assert renewable.shim.ask(op="stop", grace=1)["gone"]
+    assert not alive(hanging)
+
+
+def test_a_child_that_does_not_finish_in_time_is_killed(renewable: Renewable) -> None:
+    renewable.renew("finishes")
+    second = renewable.state_when(lambda state: state["labels"] == {"words": ["finishes"]})["childPid"]
+    since = time.monotonic()
+    renewable.renew(grace=0.2)
+    renewable.state_when(lambda state: state["labels"] == {"words": []} and not state["leaving"])
+    assert not alive(second)
+    assert time.monotonic() - since < 1.0
+
+
 def test_only_a_child_that_did_not_serve_for_a_while_is_waited_for_longer_each_time(start: Start) -> None:
     backoff = {"base": 0.1, "max": 10.0, "healthy": 0.5}
     shim = start(SERVER, listen={"host": "127.0.0.1", "port": 0}, restart=True, backoff=backoff)

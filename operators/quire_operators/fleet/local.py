@@ -4,6 +4,7 @@ Every incarnation of a unit (a replica, or the router) has a folder of its own i
 
     shim.json     what the shim was told, the identity included; written before anything is started. Where it is
                   gone, the shim's own answer takes its place
+    next.json     the same for a child that is to follow the one there is (`renew`); the shim reads it at once
     shim.sock     the shim's control socket; it listens exactly as long as the shim lives
     exit.json     how it ended; written by the shim before it ends
 
@@ -23,7 +24,8 @@ with what the shim is told, which looks again. So a control plane that was pause
 Exceptions:
 
     FleetError
-    └── StartFailed        a shim could not be started; `code` is `address_in_use` or `cannot_start`
+    ├── StartFailed        a shim could not be started; `code` is `address_in_use` or `cannot_start`
+    └── RenewFailed        a shim does not take another child in the place of its own, or cannot be asked
 """
 
 from __future__ import annotations
@@ -76,6 +78,10 @@ class StartFailed(FleetError):
         self.message = message
 
 
+class RenewFailed(FleetError):
+    """A shim did not take the next child."""
+
+
 class Life(enum.StrEnum):
     """What is known of a shim."""
 
@@ -125,6 +131,14 @@ class Ended:
 
 
 @dataclass(frozen=True, slots=True)
+class Refused:
+    """The last child that was to follow another one, and did not come to serve."""
+
+    labels: Mapping[str, Any]
+    ended: Ended
+
+
+@dataclass(frozen=True, slots=True)
 class Observation:
     """What was last heard of one incarnation. `lines` are its last status lines, unread."""
 
@@ -145,6 +159,17 @@ class Observation:
     log_lost: int = 0
     """Bytes of its log that could not be written."""
     ended: Ended | None = None
+    following: Mapping[str, Any] | None = None
+    """Labels of a child that is to take the place of this one, and starts."""
+    following_pid: int | None = None
+    leaving: int = 0
+    """How many children before this one still finish what they have."""
+    refused: Refused | None = None
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether more than one child may be at work."""
+        return self.following is not None or self.leaving > 0
 
 
 class LocalFleet:
@@ -287,6 +312,40 @@ class LocalFleet:
             await writer.drain()
         finally:
             writer.close()  # the request lies in the socket's buffer; the shim reads it before the end of file
+
+    async def renew(self, unit: Unit, within: float) -> None:
+        """Have the shim in `unit.folder`, of the same incarnation, start another child of `unit`'s command,
+        environment and labels on the same listening socket. Once it is ready it takes over, and the one before has
+        `unit.grace` seconds to finish; one that is not ready `within` seconds is given up. Does not wait for it.
+
+        `unit.files` are written, so they need names that the running child does not use. Raises `RenewFailed`, and
+        `Deposed` without the lease.
+        """
+        self._check_lease()
+        before = self._observed.get(unit.folder)
+        for name, content in unit.files.items():
+            _write(unit.folder / name, content)
+        path = unit.folder / "next.json"
+        _write(path, json.dumps(self._shim_spec(unit)).encode())
+        asked = {"op": "renew", "spec": str(path), "grace": unit.grace, "within": within}
+        if self._lease is not None:
+            asked["epoch"] = self._lease.epoch
+        try:
+            async with asyncio.timeout(ANSWER_SECONDS):
+                reader, writer = await asyncio.open_unix_connection(str(unit.folder / "shim.sock"), limit=MAX_LINE)
+                try:
+                    self._check_lease()
+                    writer.write(json.dumps(asked).encode() + b"\n")
+                    answer = json.loads(await reader.readline())
+                finally:
+                    writer.close()
+        except (OSError, TimeoutError, ValueError) as error:
+            raise RenewFailed(f"its shim does not answer: {error!r}") from error
+        if "error" in answer:
+            raise RenewFailed(str(answer["error"]))
+        deadline = asyncio.get_running_loop().time() + ANSWER_SECONDS
+        while self._observed.get(unit.folder) is before and asyncio.get_running_loop().time() < deadline:
+            await asyncio.sleep(0.005)  # the watch tells the same, and in its order
 
     async def gone(self, names: Sequence[str], timeout: float) -> bool:
         """Wait until no incarnation of these units lives; False when `timeout` seconds passed before."""
@@ -446,7 +505,8 @@ class LocalFleet:
         return None
 
     def _note_state(self, folder: Path, state: dict[str, Any]) -> None:
-        listen = state.get("listen")
+        listen, following, refused = state.get("listen"), state.get("next"), state.get("refused")
+        end = None if refused is None else _ended(refused["exit"])
         self._put(
             replace(
                 self._from_identity(folder, state, Life.LIVE),
@@ -459,6 +519,10 @@ class LocalFleet:
                 lines=tuple(state["lines"]),
                 log_lost=state.get("logLost", 0),  # a shim of a version before does not count
                 ended=_ended(state["exit"]),
+                following=None if following is None else following["labels"],
+                following_pid=None if following is None else following["pid"],
+                leaving=len(state.get("leaving", ())),
+                refused=None if refused is None or end is None else Refused(refused["labels"], end),
             )
         )
 
@@ -479,6 +543,9 @@ class LocalFleet:
                 child_pid=None,
                 shim_pid=None,
                 stopping=False,
+                following=None,
+                following_pid=None,
+                leaving=0,
                 ended=_ended(record.get("exit")) if ours else None,
                 lines=tuple(record.get("lines", old.lines)) if ours else old.lines,
             )

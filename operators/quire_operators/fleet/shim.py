@@ -34,6 +34,12 @@ shim itself looks for nothing in them but the one that says "ready". `logLost` c
 not be written. `exit` in the state is how the child last ended, with the last `TAIL_LINES` lines it wrote to its
 log; it stays while the child runs again.
 
+{"op":"renew","spec":path,"grace":s,"within":s,"epoch":n} puts another child in the place of the one there is, on
+the same listening socket, with what the file at `path` says of `RENEWED`. It is the `next` of the state until it
+says "ready": from then on SPEC.json has it, and the child before gets SIGTERM and is among those `leaving`, for
+`grace` seconds at most. One that ends before, or is not ready `within` so many seconds, is `refused`, with its
+labels and how it ended, and nothing has changed.
+
 Start protocol: once the control socket listens the shim writes "ready\\n" on its stdout; before that, an error
 is one JSON object {"error", "message"} on stdout and exit status 75 (address in use, deposed or another system
 error). It looks at the epochs after its socket listens: whoever leads next leaves a number first, and looks for
@@ -63,6 +69,8 @@ TAIL_LINES = 20
 TAIL_LINE = 400
 """Characters of a line in the tail."""
 MAX_LINE = 64 * 1024
+RENEWED = ("argv", "env", "cwd", "labels")
+"""What of a specification may be another one while the shim runs."""
 TELL_LOST_SECONDS = 30.0
 """Between two messages to watchers about a log that cannot be written."""
 NOT_RETRYABLE = 78
@@ -107,8 +115,6 @@ class Log:
         self.unsaid = 0
         """Of them, those that the log itself does not tell of yet."""
         self.complained = False
-        self.tail = b""
-        """The end of what the child wrote since it was started."""
         os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
         self._open()
 
@@ -120,7 +126,6 @@ class Log:
     def write(self, data: bytes) -> None:
         """Losing a log line (a full disk) must not take the child down: it is counted, said on stderr, and in the
         log itself once that can be written again."""
-        self.tail = (self.tail + data)[-TAIL_LINES * TAIL_LINE :]
         if self.unsaid:
             gap, before = b"\n" + stamped(f"{self.unsaid} bytes of this log were lost"), self.size
             if self._append(gap) < len(gap):
@@ -160,14 +165,7 @@ class Log:
             complain(f"cannot write {self.path}: {error}")
 
     def note(self, text: str) -> None:
-        said, self.tail = self.tail, b""
         self.write(stamped(text))
-        self.tail = said
-
-    def last_lines(self) -> list[str]:
-        """The last lines of the child's own output, and none of the shim's."""
-        lines = self.tail.decode(errors="replace").splitlines()[-TAIL_LINES:]
-        return [line[:TAIL_LINE] for line in lines]
 
     def _rotate(self) -> None:
         """The old file is closed last: whatever fails here, there is one to write to."""
@@ -190,20 +188,50 @@ class Connection:
         self.watching = False
 
 
-class Shim:
+class Child:
+    """One life of the command, by what of a specification is `RENEWED`."""
+
     def __init__(self, spec: dict[str, Any]) -> None:
         self.spec = spec
+        self.process: subprocess.Popen[bytes] | None = None
+        self.since = time.monotonic()
+        self.ready_since: float | None = None
+        self.ready_by: float | None = None
+        """When it is given up, if it is not ready by then."""
+        self.kill_at: float | None = None
+        self.pipes: set[int] = set()
+        self.lines: list[str] = []
+        self.status_rest = b""
+        self.tail = b""
+        """The end of what it wrote."""
+
+    @property
+    def pid(self) -> int | None:
+        return self.process.pid if self.process is not None else None
+
+    def last_lines(self) -> list[str]:
+        lines = self.tail.decode(errors="replace").splitlines()[-TAIL_LINES:]
+        return [line[:TAIL_LINE] for line in lines]
+
+
+class Shim:
+    def __init__(self, spec: dict[str, Any], path: str = "") -> None:
+        """`path`: the file of the specification."""
+        self.spec = spec
+        self.path = path
         self.identity: dict[str, Any] = spec["identity"]
         self.log = Log(spec["log"], spec.get("logLimit", 16 * 1024 * 1024), spec.get("logKeep", 3))
         self.selector = selectors.DefaultSelector()
         self.connections: set[Connection] = set()
         self.listening: socket.socket | None = None
-        self.child: subprocess.Popen[bytes] | None = None
+        self.child: Child | None = None
+        self.next: Child | None = None
+        self.next_grace = 0.0
+        """Seconds for the child that the next one follows."""
+        self.leaving: list[Child] = []
+        self.refused: dict[str, Any] | None = None
         self.starts = 0
-        self.child_since = 0.0
-        self.ready_since: float | None = None
         self.lines: list[str] = []
-        self.status_rest = b""
         self.exit: dict[str, Any] | None = None
         self.stopping = False
         self.stop_waiters: list[Connection] = []
@@ -211,7 +239,6 @@ class Shim:
         self.restart_at: float | None = None
         self.backoff = {"base": 0.2, "max": 30.0, "healthy": 60.0, **spec.get("backoff", {})}
         self.delay = self.backoff["base"]
-        self.pipes: set[int] = set()
         self.done = False
         self.lost_untold = False
         self.tell_lost_at = 0.0
@@ -247,15 +274,22 @@ class Shim:
         self.selector.register(wake_read, selectors.EVENT_READ, lambda: self.signalled(wake_read))
 
     def spawn(self) -> None:
-        """Start the child in a process group of its own, with a log pipe and a status pipe."""
+        """Start the child that there is to be."""
+        self.starts += 1
+        self.child = Child(self.spec)
+        self.child.lines = self.lines
+        self.begin(self.child)
+
+    def begin(self, child: Child) -> None:
+        """Start a child in a process group of its own, with a log pipe and a status pipe."""
         out_read, out_write = os.pipe()
         status_read, status_write = os.pipe()
-        env = dict(self.spec["env"])
+        env = dict(child.spec["env"])
         keep = [status_write]
         if self.listening is not None:
             env["QUIRE_LISTEN_FD"] = str(self.listening.fileno())
             keep.append(self.listening.fileno())
-        argv = [part.replace("{status_fd}", str(status_write)) for part in self.spec["argv"]]
+        argv = [part.replace("{status_fd}", str(status_write)) for part in child.spec["argv"]]
         parent = os.getpid()
 
         def before_exec() -> None:
@@ -263,20 +297,15 @@ class Shim:
             if os.getppid() != parent:  # the shim died before the line above took effect
                 os._exit(1)
 
-        self.status_rest = b""
-        self.log.tail = b""
-        self.starts += 1
-        self.child_since = time.monotonic()
-        self.ready_since = None
         self.log.note(f"starting {' '.join(argv)}")
         try:
-            self.child = subprocess.Popen(
+            child.process = subprocess.Popen(
                 argv,
                 stdin=subprocess.DEVNULL,
                 stdout=out_write,
                 stderr=out_write,
                 env=env,
-                cwd=self.spec.get("cwd") or "/",
+                cwd=child.spec.get("cwd") or "/",
                 pass_fds=keep,
                 process_group=0,
                 preexec_fn=before_exec,
@@ -285,17 +314,64 @@ class Shim:
             self.log.note(f"cannot start: {error}")
             os.close(out_read)
             os.close(status_read)
-            self.child = None
-            self.ended({"code": 127, "signal": None, "message": f"cannot start {argv[0]}: {error}"})
+            self.ended(child, {"code": 127, "signal": None, "message": f"cannot start {argv[0]}: {error}"})
             return
         finally:
             os.close(out_write)
             os.close(status_write)
         for descriptor, reader in ((out_read, self.read_log), (status_read, self.read_status)):
             os.set_blocking(descriptor, False)
-            self.pipes.add(descriptor)
-            self.selector.register(descriptor, selectors.EVENT_READ, _bind(reader, descriptor))
+            child.pipes.add(descriptor)
+            self.selector.register(descriptor, selectors.EVENT_READ, _bind(reader, child, descriptor))
         self.changed()
+
+    def renew(self, path: str, grace: float, within: float) -> str:
+        """Start the next child. Why it cannot be, or nothing."""
+        try:
+            with open(path) as file:
+                spec = json.load(file)
+            if spec["identity"] != self.identity:
+                return f"{path} is for another one: {spec['identity']}"
+            child = Child({name: spec[name] for name in RENEWED})
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            return f"{path} cannot be used: {error!r}"
+        if self.stopping:
+            return "it is stopping"
+        if self.next is not None:  # nobody wants that one any more
+            self.leave(self.next, 0.0)
+        self.next, self.next_grace, self.refused = child, grace, None
+        child.ready_by = child.since + within
+        self.begin(child)
+        return ""
+
+    def take_over(self, child: Child) -> None:
+        """The next child serves: it is the child from now on, and the one before may finish."""
+        before, self.child, self.next = self.child, child, None
+        child.ready_by = None
+        self.lines, self.exit, self.restart_at = child.lines, None, None
+        self.delay = self.backoff["base"]
+        self.spec = {**self.spec, **child.spec}
+        temporary = f"{self.path}.{os.getpid()}"
+        try:
+            with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+                json.dump(self.spec, file)
+            os.replace(temporary, self.path)
+        except OSError as error:  # whoever asks is told by this process, as long as it lives
+            self.log.note(f"cannot write {self.path}: {error}")
+        if before is not None and before.process is not None:
+            self.leave(before, self.next_grace)
+
+    def leave(self, child: Child, grace: float) -> None:
+        """Have a child end that is not wanted any more."""
+        child.ready_by, child.kill_at = None, time.monotonic() + grace
+        self.leaving.append(child)
+        self.log.note(f"process {child.pid} is to leave, grace {grace:g} s")
+        self.signal(child, signal.SIGTERM)
+
+    def children(self) -> list[Child]:
+        """Those that live."""
+        known = [self.child, self.next, *self.leaving]
+        return [child for child in known if child is not None and child.process is not None]
 
     def deposed(self, epoch: int | None) -> bool:
         """Whether a control plane of a higher epoch has led here since. Who names no epoch is of a version without
@@ -314,7 +390,8 @@ class Shim:
         self.spawn()
         while not self.done:
             tell_at = self.tell_lost_at if self.lost_untold else None
-            deadlines = [at for at in (self.kill_at, self.restart_at, tell_at) if at is not None]
+            times = [at for child in self.children() for at in (child.kill_at, child.ready_by)]
+            deadlines = [at for at in (self.kill_at, self.restart_at, tell_at, *times) if at is not None]
             timeout = max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
             for key, _ in self.selector.select(timeout):
                 key.data()
@@ -323,11 +400,19 @@ class Shim:
             if self.kill_at is not None and now >= self.kill_at:
                 self.kill_at = now + 0.5
                 self.kill_tree(signal.SIGKILL)
+            for child in self.children():
+                self.press(child, now)
             if self.restart_at is not None and now >= self.restart_at and not self.stopping:
                 self.restart_at = None
                 self.spawn()
             self.reap()
         self.close()
+
+    def press(self, child: Child, now: float) -> None:
+        """Kill a child that is to leave, or was to be ready, by now."""
+        if any(at is not None and now >= at for at in (child.kill_at, child.ready_by)):
+            child.kill_at = now + 0.5
+            self.signal(child, signal.SIGKILL)
 
     def signalled(self, descriptor: int) -> None:
         try:
@@ -346,37 +431,49 @@ class Shim:
                 break
             if dead is None:
                 break
-            is_child = self.child is not None and dead.si_pid == self.child.pid
-            if is_child:
+            child = next((each for each in self.children() if each.pid == dead.si_pid), None)
+            if child is not None:
                 self.kill_group(dead.si_pid, signal.SIGKILL)  # before the pid is freed for somebody else
             _, status = os.waitpid(dead.si_pid, 0)
-            if self.child is not None and is_child:
+            if child is not None and child.process is not None:
                 code = os.waitstatus_to_exitcode(status)
-                self.child.returncode = code
-                self.child = None
-                self.ended({"code": code if code >= 0 else None, "signal": -code if code < 0 else None})
-        if self.stopping and self.child is None:
+                child.process.returncode = code
+                self.ended(child, {"code": code if code >= 0 else None, "signal": -code if code < 0 else None})
+        if self.stopping and not self.children():
             if self.descendants():
                 self.kill_tree(signal.SIGKILL)
                 self.kill_at = time.monotonic() + 0.05
             else:
                 self.finish()
 
-    def ended(self, how: dict[str, Any]) -> None:
-        """The child is gone: drain its pipes, then stay, start again, or finish."""
-        for descriptor in list(self.pipes):
+    def ended(self, child: Child, how: dict[str, Any]) -> None:
+        """A child is gone: drain its pipes, then stay, start again, or finish."""
+        for descriptor in list(child.pipes):
             reader = self.selector.get_key(descriptor).data
             reader()
-            if descriptor in self.pipes:
-                self.forget(descriptor)
+            if descriptor in child.pipes:
+                self.forget(child, descriptor)
         now = time.monotonic()
-        ran = now - self.child_since
-        self.exit = {**how, "ran": round(ran, 3), "stopped": self.stopping, "tail": self.log.last_lines()}
+        child.process = None
+        ran = now - child.since
+        end = {**how, "ran": round(ran, 3), "stopped": self.stopping, "tail": child.last_lines()}
         self.log.note(f"ended with {how}")
+        if child in self.leaving:
+            self.leaving.remove(child)
+            self.changed()
+            return
+        if child is self.next:
+            self.next = None
+            if child.kill_at is not None and child.ready_by is not None:
+                end["message"] = f"it was not ready within {child.ready_by - child.since:g} s"
+            self.refused = {"labels": child.spec["labels"], "exit": end}
+            self.changed()
+            return
+        self.child, self.exit = None, end
         if self.stopping:
             return
         if self.spec.get("restart") and how["code"] != NOT_RETRYABLE:
-            if self.ready_since is not None and now - self.ready_since >= self.backoff["healthy"]:
+            if child.ready_since is not None and now - child.ready_since >= self.backoff["healthy"]:
                 self.delay = self.backoff["base"]
             self.restart_at = now + self.delay
             self.delay = min(self.delay * 2, self.backoff["max"])
@@ -392,11 +489,15 @@ class Shim:
             self.stopping = True
             self.restart_at = None
             self.log.note(f"stopping, grace {grace:g} s")
-            if self.child is not None:
-                self.kill_group(self.child.pid, signal.SIGTERM)
-        at = time.monotonic() + (grace if self.child is not None else 0.0)
+            for child in self.children():
+                self.signal(child, signal.SIGTERM)
+        at = time.monotonic() + (grace if self.children() else 0.0)
         self.kill_at = at if self.kill_at is None else min(self.kill_at, at)
         self.changed()
+
+    def signal(self, child: Child, number: int) -> None:
+        if child.process is not None:
+            self.kill_group(child.process.pid, number)
 
     def kill_group(self, group: int, number: int) -> None:
         try:
@@ -408,8 +509,8 @@ class Shim:
 
     def kill_tree(self, number: int) -> None:
         """Signal the child's group and every descendant, also those that made a session of their own."""
-        if self.child is not None:
-            self.kill_group(self.child.pid, number)
+        for child in self.children():
+            self.signal(child, number)
         for pid in self.descendants():
             try:
                 os.kill(pid, number)
@@ -466,9 +567,10 @@ class Shim:
 
     # ── pipes from the child ──────────────────────────────────────────────────────────────────────────────
 
-    def read_log(self, descriptor: int) -> None:
+    def read_log(self, child: Child, descriptor: int) -> None:
         before, gap = self.log.lost, self.log.unsaid
-        while (data := self.read(descriptor)) is not None:
+        while (data := self.read(child, descriptor)) is not None:
+            child.tail = (child.tail + data)[-TAIL_LINES * TAIL_LINE :]
             self.log.write(data)
         if gap and not self.log.unsaid:
             self.tell_lost_at, self.lost_untold = 0.0, True
@@ -482,24 +584,28 @@ class Shim:
             self.tell_lost_at, self.lost_untold = time.monotonic() + TELL_LOST_SECONDS, False
             self.changed()
 
-    def read_status(self, descriptor: int) -> None:
+    def read_status(self, child: Child, descriptor: int) -> None:
         changed = False
-        while (data := self.read(descriptor)) is not None:
-            *lines, self.status_rest = (self.status_rest + data).split(b"\n")
-            if len(self.status_rest) > MAX_LINE:
-                self.status_rest = b""
+        while (data := self.read(child, descriptor)) is not None:
+            *lines, child.status_rest = (child.status_rest + data).split(b"\n")
+            if len(child.status_rest) > MAX_LINE:
+                child.status_rest = b""
             for line in lines:
                 if line.strip() and len(line) <= MAX_LINE:
-                    self.lines = [*self.lines[-(KEEP_LINES - 1) :], line.decode(errors="replace")]
+                    child.lines = [*child.lines[-(KEEP_LINES - 1) :], line.decode(errors="replace")]
                     changed = True
-                    if self.ready_since is None and says_ready(line):
-                        self.ready_since = time.monotonic()
+                    if child.ready_since is None and says_ready(line):
+                        child.ready_since = time.monotonic()
+        if child is self.next and child.ready_since is not None and not self.stopping:
+            self.take_over(child)
+        if changed and child is self.child:
+            self.lines = child.lines
         if changed:
             self.changed()
 
-    def read(self, descriptor: int) -> bytes | None:
+    def read(self, child: Child, descriptor: int) -> bytes | None:
         """Bytes now there; None when there are none, at the end too (then the pipe is closed)."""
-        if descriptor not in self.pipes:
+        if descriptor not in child.pipes:
             return None
         try:
             data = os.read(descriptor, 65536)
@@ -507,18 +613,19 @@ class Shim:
             return None
         if data:
             return data
-        self.forget(descriptor)
+        self.forget(child, descriptor)
         return None
 
-    def forget(self, descriptor: int) -> None:
+    def forget(self, child: Child, descriptor: int) -> None:
         self.selector.unregister(descriptor)
-        self.pipes.discard(descriptor)
+        child.pipes.discard(descriptor)
         os.close(descriptor)
 
     # ── control socket ────────────────────────────────────────────────────────────────────────────────────
 
     def state(self) -> dict[str, Any]:
         address = self.listening.getsockname()[:2] if self.listening is not None else None
+        following = self.next
         return {
             "identity": self.identity,
             "labels": self.spec.get("labels", {}),
@@ -526,8 +633,11 @@ class Shim:
             "childPid": self.child.pid if self.child is not None else None,
             "running": self.child is not None,
             "starts": self.starts,
+            "next": None if following is None else {"pid": following.pid, "labels": following.spec["labels"]},
+            "leaving": [child.pid for child in self.leaving],
+            "refused": self.refused,
             "stopping": self.stopping,
-            "gone": self.done or (self.stopping and self.child is None and not self.descendants()),
+            "gone": self.done or (self.stopping and not self.children() and not self.descendants()),
             "listen": list(address) if address else None,
             "lines": self.lines,
             "logLost": self.log.lost,
@@ -560,6 +670,7 @@ class Shim:
             operation = request["op"]
             grace = float(request.get("grace", self.spec.get("grace", 5.0)))
             epoch = int(request["epoch"]) if "epoch" in request else None
+            path, within = str(request.get("spec", "")), float(request.get("within", 60.0))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             self.send(connection, {"error": f"not a request: {error!r}"})
             return
@@ -568,9 +679,12 @@ class Shim:
         elif operation == "watch":
             connection.watching = True
             self.send(connection, self.state())
-        elif operation == "stop" and self.deposed(epoch):
-            self.log.note(f"not stopping for epoch {epoch}: another control plane leads")
+        elif operation in ("stop", "renew") and self.deposed(epoch):
+            self.log.note(f"no {operation} for epoch {epoch}: another control plane leads")
             self.send(connection, {"error": f"epoch {epoch} is over"})
+        elif operation == "renew":
+            problem = self.renew(path, grace, within)
+            self.send(connection, {"error": problem} if problem else self.state())
         elif operation == "stop":
             self.stop_waiters.append(connection)
             self.stop(grace)
@@ -599,13 +713,13 @@ class Shim:
             connection.sock.close()
 
 
-def _bind(reader: Callable[[int], None], descriptor: int) -> Callable[[], None]:
-    return lambda: reader(descriptor)
+def _bind(reader: Callable[[Child, int], None], child: Child, descriptor: int) -> Callable[[], None]:
+    return lambda: reader(child, descriptor)
 
 
 def main(path: str) -> int:
     with open(path) as file:
-        shim = Shim(json.load(file))
+        shim = Shim(json.load(file), path)
     try:
         shim.open()
     except OSError as error:

@@ -120,7 +120,9 @@ class ControlPlane:
         child_env["HF_HUB_OFFLINE"] = "1"
         command = router or router_command(state)
         self.gateway = GatewayReconciler(self.store, self.fleet, state, command, child_env, clock)
-        self.routes = Routes(state.router_control, self.store, self.gateway.router_runs, clock)
+        self.routes = Routes(
+            state.router_control, self.store, self.gateway.router_runs, clock, self.gateway.overlaps
+        )
         self.gateway.routes = self.routes
         self.policies = Policies(self.store, self.secrets, self.routes, clock)
         self.models = ModelReconciler(
@@ -358,6 +360,7 @@ class ControlPlane:
         if name == ROUTER_UNIT:
             self._controller.add(GATEWAY)
             self._controller.add(ROUTES)
+            self._all_objects()  # a replica may wait for a router that finishes beside this one
             return
         models = {str(seen.labels["model"]) for seen in self.fleet.observed(name) if "model" in seen.labels}
         for model in models:

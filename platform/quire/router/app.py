@@ -103,7 +103,7 @@ def build(fleet: Fleet, config: RouterConfig, teller: Teller, scrape: Scrape | N
         lambda name: Exchange(gateway, spans, responses.ResponsesFormat(gateway, answered, name), background=True),
         fleet.access,
     )
-    executor = Executor(gateway, spans, kept, stored, batched, (background,))
+    executor = Executor(gateway, spans, kept, stored, batched, (background, usage))
 
     async def look() -> tuple[int, bytes]:
         return await health.health(fleet, prover)

@@ -21,7 +21,8 @@ log = logging.getLogger("quire.router")
 
 
 class ControlServer:
-    """Listens on `path` (0600) until closed. `finish(grace)` is called when the control plane ends the router."""
+    """Listens on `path` (0600) until closed, or until a router that is to follow this one has taken the place.
+    `finish(grace)` is called when the control plane ends the router."""
 
     def __init__(
         self,
@@ -37,6 +38,7 @@ class ControlServer:
         self._base_url = base_url
         self._finish = finish
         self._server: asyncio.Server | None = None
+        self._inode = -1
         self._talks: set[asyncio.Task[None]] = set()
 
     async def open(self) -> None:
@@ -48,6 +50,7 @@ class ControlServer:
             self._server = await asyncio.start_unix_server(self._talk, path=self._path)
         finally:
             os.umask(mask)
+        self._inode = self._path.stat().st_ino
 
     async def close(self) -> None:
         """Stop listening and end the conversations."""
@@ -58,7 +61,8 @@ class ControlServer:
         if self._talks:
             await asyncio.wait(self._talks)
         with contextlib.suppress(FileNotFoundError):
-            self._path.unlink()
+            if self._path.stat().st_ino == self._inode:
+                self._path.unlink()
 
     async def _talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()

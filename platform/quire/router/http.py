@@ -52,6 +52,10 @@ _MUCH: Final = 64 * 1024
 """Of a body that nobody has asked for yet; reading pauses."""
 _GOODBYE_SECONDS: Final = 1.0
 _LINGER_SECONDS: Final = 1.0
+_LAST_SECONDS: Final = 0.25
+"""That a connection without a request stays when the server ends. Whoever asks one question after the other is
+told with the next answer that no further one is taken; at a close a question may be on its way, and gets none.
+"""
 _NO_BODY: Final = frozenset({204, 304})
 _STATUS: Final = {each.value: b"HTTP/1.1 %d %b\r\n" % (each.value, each.phrase.encode()) for each in HTTPStatus}
 
@@ -103,7 +107,8 @@ class State(ServerState):
     def __init__(self) -> None:
         super().__init__()
         self.ending = False
-        """No request is taken any more, not even by who comes from his TLS handshake only now."""
+        """A connection brings one more request at most, and soon: also one that comes from its TLS handshake only
+        now."""
 
 
 class Protocol(asyncio.Protocol):
@@ -135,6 +140,8 @@ class Protocol(asyncio.Protocol):
         """There was a request."""
         self._ends = False
         """No request is read any more."""
+        self._last = False
+        """One more request is read at most."""
         self._waits, self._until = "", math.inf
         """What the client does not do yet, if it is waited for, and until when."""
         self._timer: asyncio.TimerHandle | None = None
@@ -160,9 +167,9 @@ class Protocol(asyncio.Protocol):
             "client": get_remote_addr(self.transport),
             "scheme": "https" if is_ssl(self.transport) else "http",
         }
-        if self.server.ending:
-            self.shut()
         self._wait()
+        if self.server.ending:
+            self.shutdown()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.server.connections.discard(self)
@@ -267,7 +274,7 @@ class Protocol(asyncio.Protocol):
         cycle = Cycle(
             self,
             scope,
-            keeps=version == "1.1" and not closes,
+            keeps=version == "1.1" and not closes and not self._last,
             expects=self._reader.they_are_waiting_for_100_continue,
         )
         self._cycle = cycle
@@ -307,8 +314,10 @@ class Protocol(asyncio.Protocol):
         self._waits, self._until = waits, math.inf
         if waits:
             settings = self.settings()
-            kept = self._asked and not self._began
-            self._until = self.loop.time() + (settings.idle_seconds if kept else settings.head_seconds)
+            patience = settings.idle_seconds if self._asked and not self._began else settings.head_seconds
+            if self._last and not self._began:
+                patience = min(patience, _LAST_SECONDS)
+            self._until = self.loop.time() + patience
         if self._timer is not None and self._timer.when() > self._until:
             self._timer.cancel()
             self._timer = None
@@ -320,7 +329,7 @@ class Protocol(asyncio.Protocol):
         if self.loop.time() < self._until:
             if self._waits:
                 self._timer = self.loop.call_at(self._until, self._look)
-        elif self._asked and not self._began:
+        elif (self._asked or self._last) and not self._began:
             self.shut()
         else:
             self._cut(self._waits)
@@ -366,12 +375,15 @@ class Protocol(asyncio.Protocol):
             self._cut("reads nothing of the end of its answer")
 
     def shutdown(self) -> None:
-        """Take no further request; called by the server. One that has begun is read to its end."""
-        if self._cycle is not None:
+        """Take no further request, but for one that may be on its way already; called by the server. One that has
+        begun is read to its end."""
+        self._last = True
+        if self._cycle is None:
+            self._waits = ""
+            self._wait()
+        elif not self._cycle.started:  # else its client has been told otherwise
             self._cycle.keeps = False
             self._ends = self._cycle.is_whole
-        else:
-            self.shut()
 
     def _refuse(self) -> None:
         """Answer what is not HTTP. Where an answer is on its way there is no room for another one."""

@@ -18,7 +18,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, astuple, dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -98,10 +98,22 @@ class Usage:
         if self._writing is None:
             self._writing = asyncio.create_task(self._write_for_ever(), name="usage")
 
+    async def resume(self) -> None:
+        """Nobody else writes any more: one that finished beside this one may have written since it was read."""
+        await self._read(sorted(self._budgets.wanted))
+
+    async def sweep(self) -> None:
+        """Hours are forgotten as others are written."""
+
+    async def close(self) -> None:
+        """The last is written as the store is closed."""
+
     async def read_for_budgets(self) -> None:
         """Tell the budgets what was spent of those policies of which they do not know it. What cannot be read now
         is tried again."""
-        policies = sorted(self._budgets.unread)
+        await self._read(sorted(self._budgets.unread))
+
+    async def _read(self, policies: Sequence[str]) -> None:
         if not policies:
             return
         with contextlib.suppress(StorageUnavailable):  # what is not written counts all the same

@@ -169,6 +169,23 @@ async def test_a_router_that_starts_knows_what_was_spent(tmp_path: Path, wall: W
     await second.close()
 
 
+async def test_what_a_router_before_wrote_last_is_known_once_it_is_gone(tmp_path: Path, wall: Wall) -> None:
+    old = Store(tmp_path / "router")
+    before = Usage(old, wall)
+    before.add(ANN, Amount(1, 10, 5, 3))
+    await before.write()
+    new, budgets = Store(tmp_path / "router"), following("team")
+    usage = Usage(new, wall, budgets)
+    await usage.read_for_budgets()
+    before.add(ANN, Amount(1, 7, 0, 0))  # it finishes beside the new one
+    usage.add(ANN, Amount(1, 2, 0, 0))
+    await old.close()
+    assert spent(budgets, wall) == [15]
+    await usage.resume()
+    assert spent(budgets, wall) == [22]
+    await new.close()
+
+
 async def test_what_waits_to_be_written_counts_once(
     store: Store, wall: Wall, monkeypatch: pytest.MonkeyPatch
 ) -> None:
