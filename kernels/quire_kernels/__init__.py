@@ -93,13 +93,17 @@ class Experts(Protocol):
 class PagedAttention(Protocol):
     """Attention prepared for one step; every layer of the same kind calls the same object."""
 
-    def __call__(self, query: Tensor, cache: Tensor, scale: float) -> Tensor:
+    def __call__(self, query: Tensor, cache: Tensor, scale: float, sinks: Tensor | None = None) -> Tensor:
         """Causal attention of this step's tokens over their sequences' cached keys and values.
 
         `query` [T, H, D]; `cache` (keys, values) as of `place_heads`, this step's tokens already written; `scale`
         multiplies the products of queries and keys. Over an int8 cache each head's query is rounded as its keys
         are, and whole numbers are multiplied exactly. Returns [T, H, D] in the query's dtype. Whatever lies in
         slots that hold no token of the sequence itself cannot reach the result.
+
+        `sinks` [H] float32, dense, a parameter of the layer: e^sinks[h] is added once to what each softmax of head
+        h divides by, as a key would be that every token sees and whose value is zero. They are neither scaled nor
+        capped nor hidden by a window. -inf is a head without one; other numbers that are not finite mean nothing.
         """
 
 
@@ -154,8 +158,14 @@ class Kernels(Protocol):
         tokens.
         """
 
-    def paged_attention(self, batch: PagedBatch, *, window: int | None) -> PagedAttention:
-        """Prepares a step. `window` w limits token p to keys p - w + 1 to p; None means all before it."""
+    def paged_attention(
+        self, batch: PagedBatch, *, window: int | None, softcap: float | None = None
+    ) -> PagedAttention:
+        """Prepares a step for layers of one kind.
+
+        `window` w limits token p to keys p - w + 1 to p; None means all before it. `softcap` c > 0 makes
+        c · tanh(s / c) of each scaled product s, in float32 and before anything is hidden; None leaves it alone.
+        """
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         """silu(gate) · up. `gate_up` [T, 2·I], gate first; returns [T, I]."""

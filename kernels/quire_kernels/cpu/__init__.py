@@ -64,8 +64,9 @@ class _StepAttention:
     batch: PagedBatch
     sequences: Sequences
     window: int | None
+    softcap: float | None
 
-    def __call__(self, query: Tensor, cache: Tensor, scale: float) -> Tensor:
+    def __call__(self, query: Tensor, cache: Tensor, scale: float, sinks: Tensor | None = None) -> Tensor:
         native = self.native
         out = native.empty(query.shape, query.dtype)
         tokens, heads, dim = query.shape
@@ -74,8 +75,9 @@ class _StepAttention:
         native.run(
             Attention(
                 tokens, FORMATS[query.dtype], FORMATS[cache.dtype], native.address(query), query.stride(0), heads,
-                kv_heads, dim, keys.data_ptr(), values.data_ptr(), size, self.window or 0, scale, out.data_ptr(),
-                out.stride(0), sequences=ctypes.addressof(self.sequences),
+                kv_heads, dim, keys.data_ptr(), values.data_ptr(), size, self.window or 0, scale,
+                self.softcap or 0.0, address(sinks), out.data_ptr(), out.stride(0),
+                sequences=ctypes.addressof(self.sequences),
             )
         )  # fmt: skip
         return out
@@ -196,13 +198,15 @@ class CpuKernels:
         )  # fmt: skip
         return out
 
-    def paged_attention(self, batch: PagedBatch, *, window: int | None) -> _StepAttention:
+    def paged_attention(
+        self, batch: PagedBatch, *, window: int | None, softcap: float | None = None
+    ) -> _StepAttention:
         recording = self._native.recording
         if recording is not None:
-            return _StepAttention(self._native, batch, recording.sequences(batch), window)
+            return _StepAttention(self._native, batch, recording.sequences(batch), window, softcap)
         sequences = Sequences()
         sequences.point_to(batch)
-        return _StepAttention(self._native, batch, sequences, window)
+        return _StepAttention(self._native, batch, sequences, window, softcap)
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         native, (rows, both) = self._native, gate_up.shape

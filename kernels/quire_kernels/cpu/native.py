@@ -183,8 +183,8 @@ class Attention(Call):
         ("rows", c_int64), ("format", c_int64), ("kv_format", c_int64),
         ("query", c_void_p), ("query_stride", c_int64), ("heads", c_int64), ("kv_heads", c_int64),
         ("head_dim", c_int64), ("keys", c_void_p), ("values", c_void_p), ("block_size", c_int64),
-        ("window", c_int64), ("scale", c_float), ("out", c_void_p), ("out_stride", c_int64),
-        ("_step", c_int64 * 5), ("sequences", c_void_p),
+        ("window", c_int64), ("scale", c_float), ("softcap", c_float), ("sinks", c_void_p), ("out", c_void_p),
+        ("out_stride", c_int64), ("_step", c_int64 * 5), ("sequences", c_void_p),
     )  # fmt: skip
 
 

@@ -82,8 +82,10 @@ class ReferenceKernels:
         for side, new in zip(cache.view(2, -1, *cache.shape[3:]), (key, value), strict=True):
             side.index_copy_(0, slots, to_bytes(new) if cache.dtype == torch.int8 else new.to(cache.dtype))
 
-    def paged_attention(self, batch: PagedBatch, *, window: int | None) -> StepAttention:
-        return StepAttention(batch, window, self._gather_bytes)
+    def paged_attention(
+        self, batch: PagedBatch, *, window: int | None, softcap: float | None = None
+    ) -> StepAttention:
+        return StepAttention(batch, window, self._gather_bytes, softcap)
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         gate, up = gate_up.chunk(2, -1)

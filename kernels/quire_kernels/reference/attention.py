@@ -2,7 +2,9 @@
 
     out[t] = Σ_j p[t, j] v[j],   p[t, ·] = softmax over visible j of (q[t] · k[j] · scale)
 
-where j is visible to the token at position p if j <= p and, with a window w, j > p - w.
+where j is visible to the token at position p if j <= p and, with a window w, j > p - w. A soft cap c makes
+c · tanh(s / c) of a score s before anything is hidden; a sink adds its exponential to what a softmax divides by.
+Such scores are written out, for torch's own attention knows neither.
 
 Sequences with one new token are taken together: blocks of several sequences are gathered into one padded tensor
 and their padding is masked. Only sequences of similar length share a group, because padding costs work too.
@@ -77,8 +79,11 @@ class _Group:
 class StepAttention:
     """`PagedAttention` of the reference back-end: planned once a step, called once a layer."""
 
-    def __init__(self, batch: PagedBatch, window: int | None, gather_bytes: int) -> None:
+    def __init__(
+        self, batch: PagedBatch, window: int | None, gather_bytes: int, softcap: float | None = None
+    ) -> None:
         self._window = window
+        self._softcap = softcap
         self._gather_bytes = gather_bytes
         self._batch = batch
         self._tables = batch.block_tables.long()
@@ -155,35 +160,36 @@ class StepAttention:
             self._plans[key_bytes] = plan
         return plan
 
-    def __call__(self, query: Tensor, cache: Tensor, scale: float) -> Tensor:
+    def __call__(self, query: Tensor, cache: Tensor, scale: float, sinks: Tensor | None = None) -> Tensor:
         kv_heads, head = cache.shape[3], query.shape[2]
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
         if cache.dtype == torch.int8:
             query = rounded_rows(query)
         grouped = query.view(query.shape[0], kv_heads, -1, head)
         result = out.view(grouped.shape)
+        scores = _Scores(scale, self._softcap, None if sinks is None else sinks.view(kv_heads, -1))
         for part in self._plan(2 * kv_heads * head * 4):
             if isinstance(part, _Span):
-                self._attend_span(part, grouped, cache, scale, result)
+                self._attend_span(part, grouped, cache, scores, result)
             else:
-                self._attend_group(part, grouped, cache, scale, result)
+                self._attend_group(part, grouped, cache, scores, result)
         return out
 
-    def _attend_group(self, part: _Group, query: Tensor, cache: Tensor, scale: float, result: Tensor) -> None:
+    def _attend_group(self, part: _Group, query: Tensor, cache: Tensor, scores: _Scores, result: Tensor) -> None:
         keys, values = (_gather(side, part.blocks) for side in cache)  # [S · L, K, D]
         sequences = part.rows.shape[0]
         for gathered in (keys, values):
             gathered.index_fill_(0, part.unused, 0.0)
         shape = (sequences, -1, *keys.shape[1:])
-        result[part.rows] = F.scaled_dot_product_attention(
+        result[part.rows] = scores.attend(
             query[part.rows].float(),  # [S, K, G, D]: the heads that share keys are the rows of one product
             keys.view(shape).transpose(1, 2),
             values.view(shape).transpose(1, 2),
-            attn_mask=part.mask,
-            scale=scale,
+            part.mask,
+            scores.sinks,
         ).to(result.dtype)
 
-    def _attend_span(self, part: _Span, query: Tensor, cache: Tensor, scale: float, result: Tensor) -> None:
+    def _attend_span(self, part: _Span, query: Tensor, cache: Tensor, scores: _Scores, result: Tensor) -> None:
         kv_heads, head = cache.shape[3], query.shape[3]
         length, count = part.high - part.low, part.stop - part.start
         turn = max(1, min(kv_heads, self._gather_bytes // (2 * 4 * head * part.blocks.shape[0] * cache.shape[2])))
@@ -192,28 +198,30 @@ class StepAttention:
                 _gather(side[:, :, heads], part.blocks)[part.offset : part.offset + length].transpose(0, 1)
                 for side in cache
             )  # [K, L, D]
+            sinks = None if scores.sinks is None else scores.sinks[heads]
             queries = query[part.start : part.stop, heads]  # [T, K, G, D]
             if count == 1:
-                found = F.scaled_dot_product_attention(
-                    queries.float(), keys[None], values[None], scale=scale
-                )  # [1, K, G, D]
+                found = scores.attend(queries.float(), keys[None], values[None], None, sinks)  # [1, K, G, D]
                 result[part.start : part.stop, heads] = found.to(result.dtype)
                 continue
             groups = queries.shape[2]
             keys, values = (side[:, None].expand(-1, groups, -1, -1) for side in (keys, values))
-            for tile, mask in self._tiles(part, count, length, query.device):
-                found = F.scaled_dot_product_attention(
+            most = _MASK_NUMBERS if scores.plain else _MASK_NUMBERS // (groups * keys.shape[0])
+            for tile, mask in self._tiles(part, count, length, most, query.device):
+                found = scores.attend(
                     queries[tile].permute(1, 2, 0, 3).float(),  # [K, G, tile, D]
                     keys,
                     values,
-                    attn_mask=mask,
-                    scale=scale,
+                    mask,
+                    None if sinks is None else sinks[:, :, None],
                 )
                 result[part.start : part.stop, heads][tile] = found.permute(2, 0, 1, 3).to(result.dtype)
 
-    def _tiles(self, part: _Span, count: int, length: int, device: torch.device) -> Iterator[tuple[slice, Tensor]]:
-        """Query rows in tiles, each with its mask [tile, L]."""
-        step = max(16, _MASK_NUMBERS // length)
+    def _tiles(
+        self, part: _Span, count: int, length: int, most: int, device: torch.device
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """Query rows in tiles, each with its mask [tile, L], of `most` numbers if that is enough for 16 rows."""
+        step = max(16, most // length)
         for begin in range(0, count, step):
             rows = min(step, count - begin)
             # row r stands at key `here + r`: later keys are hidden, and with a window those before it
@@ -222,6 +230,38 @@ class StepAttention:
             if self._window is not None and here + rows > self._window:
                 mask += torch.full((rows, length), float("-inf"), device=device).tril_(here - self._window)
             yield slice(begin, begin + rows), mask
+
+
+@dataclass(slots=True, frozen=True)
+class _Scores:
+    """What becomes of products of queries and keys."""
+
+    scale: float
+    softcap: float | None
+    sinks: Tensor | None
+    """[K, G] float32."""
+
+    @property
+    def plain(self) -> bool:
+        """Whether torch's own attention does it, which keeps no scores."""
+        return self.softcap is None and self.sinks is None
+
+    def attend(
+        self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, sinks: Tensor | None
+    ) -> Tensor:
+        """`query` […, rows, D], `keys` and `values` […, L, D], to [rows, D] each; to scores `mask` is added, and
+        `sinks` [… rows] are those of the rows, both as they can be expanded."""
+        if self.plain:
+            return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=self.scale)
+        scores = query @ keys.transpose(-1, -2) * self.scale
+        if self.softcap is not None:
+            scores = torch.tanh(scores / self.softcap) * self.softcap
+        if mask is not None:
+            scores = scores + mask
+        if sinks is None:
+            return scores.softmax(-1) @ values
+        beside = sinks[..., None].expand(*scores.shape[:-1], 1)
+        return torch.cat((scores, beside), -1).softmax(-1)[..., :-1] @ values
 
 
 def _gather(side: Tensor, blocks: Tensor) -> Tensor:

@@ -85,8 +85,10 @@ class TritonKernels:
     ) -> Tensor:
         return heads.place_heads(qkv, num_heads, norms, cos, sin, cache, slots)
 
-    def paged_attention(self, batch: PagedBatch, *, window: int | None) -> StepAttention:
-        return StepAttention(batch, window, self._chip, self._counters)
+    def paged_attention(
+        self, batch: PagedBatch, *, window: int | None, softcap: float | None = None
+    ) -> StepAttention:
+        return StepAttention(batch, window, self._chip, self._counters, softcap)
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         return gate.silu_mul(gate_up, self._rounding)

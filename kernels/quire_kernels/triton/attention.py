@@ -3,7 +3,8 @@
     out[t] = Σ_j p[t, j] v[j],   p[t, ·] = softmax over visible j of (q[t] · k[j] · scale)
 
 Query heads that share a key/value head are the rows of one matrix product, so keys and values are read once for
-all of them. Softmax is computed online, tile by tile, in powers of two.
+all of them. Softmax is computed online, tile by tile, in powers of two. A soft cap bends a tile's scores before
+any is hidden. A sink joins what a softmax divides by once, when all keys are seen and all splits weighed.
 
 `_decode` serves sequences with one new token. There the time goes into reading the cache, and a long sequence
 must not leave most of the chip idle: its keys are cut into splits, as many as fill the multiprocessors, but none
@@ -57,6 +58,26 @@ _LOG2_E = math.log2(math.e)
 
 
 @triton.jit
+def _tanh(x):
+    """Within 5e-7 of it, relatively and near 0 as well. Triton's own is CUDA's alone."""
+    far = tl.abs(x)
+    fall = tl.exp2(far * -2.8853900817779268)  # e^(-2 |x|), which cannot overflow
+    square = far * far
+    # near 0 the other formula takes one from what is nearly one; of such series this is that which errs least
+    near = 0.13299825315039 + square * -0.04914849744115
+    near = far + far * square * (-0.33332663161891 + square * near)
+    found = tl.where(far < 0.35, near, (1.0 - fall) / (1.0 + fall))
+    return tl.where(x < 0.0, -found, found)
+
+
+@triton.jit
+def _with_sinks(total, peak, sinks):
+    """What softmaxes divide by whose largest score is `peak`, in powers of two, once `sinks` have joined. One that
+    is more than 2^127 times the largest weight is as good as all of it."""
+    return total + tl.exp2(tl.minimum(sinks * 1.4426950408889634 - peak, 127.0))
+
+
+@triton.jit
 def _tile(
     state_max,
     state_sum,
@@ -78,6 +99,7 @@ def _tile(
     scale,
     MASKED: tl.constexpr,
     GUARDED: tl.constexpr,
+    CAP: tl.constexpr,
     BYTES: tl.constexpr,
     NUMBER: tl.constexpr,
     P: tl.constexpr,
@@ -88,7 +110,7 @@ def _tile(
 ):
     """One tile of keys `start` … of a sequence, taken into the online softmax. Rows see keys `row_low` to
     `row_last`; those of the tile outside `low` to `high` are not read. MASKED: a row may not see all of the tile.
-    GUARDED: a row may have seen none yet."""
+    GUARDED: a row may have seen none yet. CAP: the soft cap in powers of two, and `scale` is over it; or 0."""
     dims = tl.arange(0, BLOCK_D)
     places = start + tl.arange(0, BLOCK_N)
     there = (places >= low) & (places < high)
@@ -104,14 +126,18 @@ def _tile(
         at = ((blocks * kv_heads + head) * P + places % P) * D
         k = tl.load(keys + at[None, :] + dims[:, None], mask=there[None, :] & (dims < D)[:, None], other=0.0)
         scores = tl.dot(q, k.to(NUMBER), input_precision=PRECISION)
+    factor = scale
+    if CAP > 0.0:
+        scores = _tanh(scores * scale)
+        factor = CAP
     if MASKED:
         seen = (places[None, :] <= row_last[:, None]) & (places[None, :] >= row_low[:, None])
         scores = tl.where(seen, scores, float("-inf"))
-    new_max = tl.maximum(state_max, tl.max(scores, 1) * scale)
+    new_max = tl.maximum(state_max, tl.max(scores, 1) * factor)
     shift = new_max
     if GUARDED:  # a row that has seen nothing yet has no maximum to subtract
         shift = tl.where(new_max == float("-inf"), 0.0, new_max)
-    weights = tl.exp2(scores * scale - shift[:, None])
+    weights = tl.exp2(scores * factor - shift[:, None])
     fade = tl.exp2(state_max - shift)
     state_sum = state_sum * fade + tl.sum(weights, 1)
     v = tl.load(values + at[:, None] + dims[None, :], mask=there[:, None] & (dims < D)[None, :], other=0)
@@ -139,7 +165,18 @@ def _split_of(length, SPLITS: tl.constexpr, LEAST: tl.constexpr, BLOCK_N: tl.con
 
 
 @triton.jit
-def _merge(out, parts, sums, first, used, D: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr):
+def _merge(
+    out,
+    parts,
+    sums,
+    sink,
+    first,
+    used,
+    SINKS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
     """One head's result from the first `used` of its splits, weighed by what their exponentials sum to. Other
     programs wrote them, so they are not looked for in this multiprocessor's own cache."""
     splits, dims = tl.arange(0, SPLITS), tl.arange(0, BLOCK_D)
@@ -147,16 +184,21 @@ def _merge(out, parts, sums, first, used, D: tl.constexpr, BLOCK_D: tl.constexpr
     place = first + splits
     peaks = tl.load(sums + place * 2, mask=there, other=float("-inf"), cache_modifier=".cg")
     totals = tl.load(sums + place * 2 + 1, mask=there, other=0.0, cache_modifier=".cg")
-    weights = tl.exp2(peaks - tl.max(peaks, 0))
+    peak = tl.max(peaks, 0)
+    weights = tl.exp2(peaks - peak)
     inside = there[:, None] & (dims < D)[None, :]
     results = tl.load(parts + place[:, None] * D + dims[None, :], mask=inside, other=0.0, cache_modifier=".cg")
-    result = tl.sum(results * weights[:, None], 0) / tl.sum(totals * weights, 0)
+    result, total = tl.sum(results * weights[:, None], 0), tl.sum(totals * weights, 0)
+    if SINKS:
+        total = _with_sinks(total, peak, tl.load(sink))
+    result = result / total
     tl.store(out + dims, result.to(out.dtype.element_ty), mask=dims < D)
 
 
 # what changes from step to step must not decide what is compiled
 @triton.jit(
-    do_not_specialize=["table_width"], do_not_specialize_on_alignment=["table_rows", "query_starts", "contexts"]
+    do_not_specialize=["table_width"],
+    do_not_specialize_on_alignment=["table_rows", "query_starts", "contexts", "sinks"],
 )
 def _decode(
     out,
@@ -175,9 +217,12 @@ def _decode(
     table_width,
     kv_heads,
     scale,
+    sinks,
     INDIRECT: tl.constexpr,
     BYTES: tl.constexpr,
     WINDOW: tl.constexpr,
+    CAP: tl.constexpr,
+    SINKS: tl.constexpr,
     G: tl.constexpr,
     ROWS: tl.constexpr,
     P: tl.constexpr,
@@ -237,15 +282,18 @@ def _decode(
         state_max, state_sum, acc = _tile(
             state_max, state_sum, acc, q, q_scale, keys, values, key_scales, value_scales, table, start,
             begin, end, nothing, nothing, head,
-            kv_heads, scale, False, False, BYTES, NUMBER, P, D, BLOCK_D, BLOCK_N, PRECISION,
+            kv_heads, scale, False, False, CAP, BYTES, NUMBER, P, D, BLOCK_D, BLOCK_N, PRECISION,
         )  # fmt: skip
     if whole < end:
         state_max, state_sum, acc = _tile(
             state_max, state_sum, acc, q, q_scale, keys, values, key_scales, value_scales, table, whole,
             begin, end, nothing + end - 1, nothing, head,
-            kv_heads, scale, True, False, BYTES, NUMBER, P, D, BLOCK_D, BLOCK_N, PRECISION,
+            kv_heads, scale, True, False, CAP, BYTES, NUMBER, P, D, BLOCK_D, BLOCK_N, PRECISION,
         )  # fmt: skip
     if SPLITS == 1:
+        if SINKS:
+            sink = tl.load(sinks + heads, mask=members < G, other=0.0)
+            state_sum = _with_sinks(state_sum, state_max, sink)
         acc = acc / state_sum[:, None]
         tl.store(out + (base + heads[:, None]) * D + dims[None, :], acc.to(out.dtype.element_ty), mask=inside)
     else:
@@ -265,8 +313,10 @@ def _decode(
                     out + (base + head * G + member) * D,
                     parts,
                     sums,
+                    sinks + head * G + member,
                     first + member * SPLITS,
                     used,
+                    SINKS,
                     D,
                     BLOCK_D,
                     SPLITS,
@@ -275,7 +325,7 @@ def _decode(
 
 @triton.jit(
     do_not_specialize=["num_sequences", "table_width"],
-    do_not_specialize_on_alignment=["table_rows", "query_starts", "contexts"],
+    do_not_specialize_on_alignment=["table_rows", "query_starts", "contexts", "sinks"],
 )
 def _prefill(
     out,
@@ -293,9 +343,12 @@ def _prefill(
     table_width,
     kv_heads,
     scale,
+    sinks,
     INDIRECT: tl.constexpr,
     BYTES: tl.constexpr,
     WINDOW: tl.constexpr,
+    CAP: tl.constexpr,
+    SINKS: tl.constexpr,
     SKIP_SINGLE: tl.constexpr,
     ITEMS: tl.constexpr,
     G: tl.constexpr,
@@ -360,14 +413,17 @@ def _prefill(
             state_max, state_sum, acc = _tile(
                 state_max, state_sum, acc, q, q_scale, keys, values, key_scales, value_scales, table, start,
                 low, high, row_last, row_low, head,
-                kv_heads, scale, False, WINDOW > 0, BYTES, NUMBER, P, D, BLOCK_D, BLOCK_N, PRECISION,
+                kv_heads, scale, False, WINDOW > 0, CAP, BYTES, NUMBER, P, D, BLOCK_D, BLOCK_N, PRECISION,
             )  # fmt: skip
         for start in tl.range(plain, high, BLOCK_N):
             state_max, state_sum, acc = _tile(
                 state_max, state_sum, acc, q, q_scale, keys, values, key_scales, value_scales, table, start,
                 low, high, row_last, row_low, head,
-                kv_heads, scale, True, WINDOW > 0, BYTES, NUMBER, P, D, BLOCK_D, BLOCK_N, PRECISION,
+                kv_heads, scale, True, WINDOW > 0, CAP, BYTES, NUMBER, P, D, BLOCK_D, BLOCK_N, PRECISION,
             )  # fmt: skip
+        if SINKS:
+            sink = tl.load(sinks + head * G + members, mask=members < G, other=0.0)
+            state_sum = _with_sinks(state_sum, state_max, sink)
         acc = acc / tl.where(state_sum == 0.0, 1.0, state_sum)[:, None]
         tl.store(out + at[:, None] + dims[None, :], acc.to(out.dtype.element_ty), mask=inside)
         work = tl.atomic_add(turns, 1)
@@ -393,26 +449,44 @@ class Chip:
 class StepAttention:
     """`PagedAttention` of the Triton back-end."""
 
-    def __init__(self, batch: PagedBatch, window: int | None, chip: Chip, counters: Tensor) -> None:
+    def __init__(
+        self,
+        batch: PagedBatch,
+        window: int | None,
+        chip: Chip,
+        counters: Tensor,
+        softcap: float | None = None,
+    ) -> None:
         self._batch = batch
         self._window = window or 0
+        self._softcap = softcap
         self._chip = chip
         self._counters = counters
         self._decodes = any(count == 1 for count in batch.query_lens)
         self._prefills = any(count != 1 for count in batch.query_lens)
 
-    def __call__(self, query: Tensor, cache: Tensor, scale: float) -> Tensor:
+    def __call__(self, query: Tensor, cache: Tensor, scale: float, sinks: Tensor | None = None) -> Tensor:
         """See `PagedAttention`. A kernel lies between what made the addresses of the batch and this: they are read
         before it has ended.
         """
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
         if self._decodes:
-            self._decode(out, query, cache, scale)
+            self._decode(out, query, cache, scale, sinks)
         if self._prefills:
-            self._prefill(out, query, cache, scale)
+            self._prefill(out, query, cache, scale, sinks)
         return out
 
-    def _decode(self, out: Tensor, query: Tensor, cache: Tensor, scale: float) -> None:
+    def _scores(self, scale: float, sinks: Tensor | None, out: Tensor) -> dict[str, Any]:
+        """What kernels make of products; without sinks nobody reads through them."""
+        over = _LOG2_E if self._softcap is None else 1 / self._softcap
+        return {
+            "scale": scale * over,
+            "CAP": 0.0 if self._softcap is None else self._softcap * _LOG2_E,
+            "sinks": out if sinks is None else sinks,
+            "SINKS": sinks is not None,
+        }
+
+    def _decode(self, out: Tensor, query: Tensor, cache: Tensor, scale: float, sinks: Tensor | None) -> None:
         batch, shape = self._batch, _shape(query, cache)
         sequences, kv_heads = len(batch.query_lens), cache.shape[3]
         rows = sequences * kv_heads
@@ -439,7 +513,7 @@ class StepAttention:
             batch.context_lens,
             batch.block_tables.shape[1],
             kv_heads,
-            scale * _LOG2_E,
+            **self._scores(scale, sinks, out),
             INDIRECT=batch.table_rows is not None,
             WINDOW=self._window,
             ROWS=max(16, triton.next_power_of_2(shape["G"])),
@@ -451,7 +525,7 @@ class StepAttention:
             **dependent(),
         )
 
-    def _prefill(self, out: Tensor, query: Tensor, cache: Tensor, scale: float) -> None:
+    def _prefill(self, out: Tensor, query: Tensor, cache: Tensor, scale: float, sinks: Tensor | None) -> None:
         batch, shape = self._batch, _shape(query, cache)
         sequences = len(batch.query_lens)
         tuning = prefill_tuning(self._chip, shape["D"], query.dtype, cache.dtype)
@@ -472,7 +546,7 @@ class StepAttention:
             sequences,
             batch.block_tables.shape[1],
             cache.shape[3],
-            scale * _LOG2_E,
+            **self._scores(scale, sinks, out),
             INDIRECT=batch.table_rows is not None,
             WINDOW=self._window,
             SKIP_SINGLE=self._decodes,

@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import itertools
 import random
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -70,14 +71,31 @@ def close(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found.double(), expected, atol=absolute, rtol=relative)
 
 
-def dense(query: Tensor, keys: Tensor, values: Tensor, start: int, scale: float, window: int | None) -> Tensor:
+def dense(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    start: int,
+    scale: float,
+    window: int | None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
     """Causal attention in double precision: `query` [T, H, D] from position `start`, `keys` [L, K, D]."""
     groups = query.shape[1] // keys.shape[1]
     keys, values = (side.double().repeat_interleave(groups, 1) for side in (keys, values))
     scores = torch.einsum("thd,lhd->htl", query.double(), keys) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     at, key = torch.arange(start, start + query.shape[0])[:, None], torch.arange(keys.shape[0])
     visible = (key <= at) if window is None else (key <= at) & (key > at - window)
-    return torch.einsum("htl,lhd->thd", scores.masked_fill(~visible, float("-inf")).softmax(-1), values)
+    weights = scores.masked_fill(~visible, float("-inf"))
+    if sinks is None:
+        weights = weights.softmax(-1)
+    else:  # a key more, of which nobody takes the value
+        more = sinks.double()[:, None, None].expand(-1, query.shape[0], 1)
+        weights = torch.cat((weights, more), -1).softmax(-1)[..., :-1]
+    return torch.einsum("htl,lhd->thd", weights, values)
 
 
 def poisoned(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -134,17 +152,24 @@ class Case:
             block_size=block_size,
         )
 
-    def check(self, kernels: Backend, window: int | None = None) -> None:
+    def check(
+        self,
+        kernels: Backend,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> None:
         cache = poisoned(self.cache_shape, self.cache_dtype)
         for keys, values, slots in zip(self.keys, self.values, self.slots, strict=True):
             keep(kernels, keys, values, cache, slots)
         seen = rounded_rows if self.cache_dtype == torch.int8 else torch.Tensor.double
-        found = kernels.paged_attention(self.batch, window=window)(self.query, cache, self.scale)
+        attention = kernels.paged_attention(self.batch, window=window, softcap=softcap)
+        found = attention(self.query, cache, self.scale, sinks)
         assert found.dtype == self.query.dtype
         row = 0
         for (start, count), keys, values in zip(self.sequences, self.keys, self.values, strict=True):
             query = seen(self.query[row : row + count])
-            expected = dense(query, seen(keys), seen(values), start, self.scale, window)
+            expected = dense(query, seen(keys), seen(values), start, self.scale, window, softcap, sinks)
             close(found[row : row + count], expected)
             row += count
 
@@ -173,6 +198,27 @@ def test_head_sizes_and_shared_key_heads(kernels: Backend, heads: int, kv_heads:
 @pytest.mark.parametrize("block_size", [1, 16])
 def test_sliding_windows(kernels: Backend, window: int, block_size: int) -> None:
     Case([(40, 1), (39, 1), (0, 50), (20, 30), (3, 1), (64, 1)], block_size=block_size).check(kernels, window)
+
+
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_soft_caps_and_sinks(kernels: Backend, dtype: torch.dtype, window: int | None) -> None:
+    # scores reach several times the cap, and one head has no sink, one hardly anything but
+    case = Case(
+        [(40, 1), (39, 1), (0, 50), (1300, 1), (1020, 9)],
+        heads=6, kv_heads=2, cache_dtype=dtype, dtype=torch.bfloat16 if dtype == torch.bfloat16 else torch.float32,
+    )  # fmt: skip
+    case.scale *= 4.0
+    sinks = torch.tensor([1.5, -4.0, -torch.inf, 300.0, 8.0, 0.0])
+    case.check(kernels, window, softcap=3.0)
+    case.check(kernels, window, sinks=sinks)
+    case.check(kernels, window, softcap=3.0, sinks=sinks)
+
+
+def test_a_soft_cap_hardly_touches_small_scores(kernels: Backend) -> None:
+    # so near to its scores that float32 has no room for a worse tanh
+    case = Case([(40, 1), (0, 9)])
+    case.check(kernels, softcap=2.0**20)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -230,7 +276,7 @@ def test_what_8_bits_keep_of_keys_and_values(kernels: Backend) -> None:
 def test_a_small_gather_bound_cuts_groups_and_heads_but_not_results(gather_bytes: int) -> None:
     case = Case([(300, 1), (310, 1), (0, 40), (280, 1), (290, 30)], heads=8, kv_heads=4, head=64)
     case.check(ReferenceKernels(gather_bytes))
-    case.check(ReferenceKernels(gather_bytes), window=100)
+    case.check(ReferenceKernels(gather_bytes), window=100, softcap=1.0, sinks=torch.arange(-4.0, 4.0))
 
 
 def test_long_prompts_are_masked_in_tiles(kernels: Backend) -> None:
@@ -392,8 +438,12 @@ def test_a_row_comes_out_the_same_whatever_is_beside_it(native: Backend, dtype: 
         assert torch.equal(product(x[first:last]), whole[first:last])
 
 
+@pytest.mark.parametrize("bent", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_attention_comes_out_the_same_in_chunks_and_in_company(native: Backend, dtype: torch.dtype) -> None:
+def test_attention_comes_out_the_same_in_chunks_and_in_company(
+    native: Backend, dtype: torch.dtype, bent: bool
+) -> None:
+    softcap, sinks = (1.5, torch.linspace(-2.0, 3.0, 6)) if bent else (None, None)
     torch.manual_seed(0)
     length, query = 600, torch.randn(600, 6, 64).to(dtype)
     keys, values = torch.randn(2, length, 2, 64).to(dtype)
@@ -412,7 +462,7 @@ def test_attention_comes_out_the_same_in_chunks_and_in_company(native: Backend, 
             block_size=16,
         )
         rows = torch.cat([query[first:last] for first, last in chunks])
-        return native.paged_attention(batch, window=None)(rows, cache, 0.125)
+        return native.paged_attention(batch, window=None, softcap=softcap)(rows, cache, 0.125, sinks)
 
     whole = attend((0, length))
     for cuts in ([0, 1, 17, 300, 600], [0, 256, 511, 513, 600]):
@@ -422,11 +472,14 @@ def test_attention_comes_out_the_same_in_chunks_and_in_company(native: Backend, 
             assert torch.equal(attend((first, last)), whole[first:last])
 
 
-@pytest.mark.parametrize("window", [None, 1500])
+@pytest.mark.parametrize(("window", "bent"), [(None, False), (1500, False), (None, True)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 @pytest.mark.parametrize("name", BACKENDS[1:])
-def test_splits_come_out_the_same_whoever_computes_them(name: str, dtype: torch.dtype, window: int | None) -> None:
+def test_splits_come_out_the_same_whoever_computes_them(
+    name: str, dtype: torch.dtype, window: int | None, bent: bool
+) -> None:
     native = backend(name)
+    softcap, sinks = (1.5, torch.linspace(-2.0, 3.0, 6)) if bent else (None, None)
     torch.manual_seed(0)
     length = 3000
     query, (keys, values) = torch.randn(length, 6, 32).bfloat16(), torch.randn(2, length, 2, 32).bfloat16()
@@ -444,7 +497,8 @@ def test_splits_come_out_the_same_whoever_computes_them(name: str, dtype: torch.
             block_size=16,
         )
         rows = torch.cat([query[end - new : end] for end in ends])
-        return kernels.paged_attention(batch, window=window)(rows, cache, 0.2).view(len(ends), new, 6, 32)
+        attention = kernels.paged_attention(batch, window=window, softcap=softcap)
+        return attention(rows, cache, 0.2, sinks).view(len(ends), new, 6, 32)
 
     alone = attend(native, [length], 1)[0]
     level = next(level for level in build.LEVELS if level.name == name)
@@ -452,6 +506,26 @@ def test_splits_come_out_the_same_whoever_computes_them(name: str, dtype: torch.
         assert torch.equal(attend(CpuKernels(threads, level), [length], 1)[0], alone)
     assert torch.equal(attend(native, [length, *range(100, 3000, 40)], 1)[0], alone)  # nothing is cut
     assert torch.equal(attend(native, [700, length], 70)[1, -1:], alone)
+
+
+def test_a_recorded_step_has_its_soft_cap_and_its_sinks(native: Backend) -> None:
+    table, heads, sinks = torch.randn(50, 3 * 64), 3, torch.tensor([1.0, -3.0, 2.0])
+    cache = torch.randn(2, 8, 16, 1, 64)
+
+    def body(token_ids: Tensor, batches: Sequence[PagedBatch]) -> Tensor:
+        query = native.take(table, token_ids).view(-1, heads, 64)
+        attention = native.paged_attention(batches[0], window=None, softcap=2.0)
+        found = attention(query, cache, 0.5, sinks).view(-1, heads * 64)
+        return native.take(found, batches[0].logits_rows)
+
+    recorded = native.recorded(body)
+    for starts, lens in (([100, 0], [1, 1]), ([0, 60], [30, 1]), ([7], [80])):
+        batch = PagedBatch.build(
+            starts=starts, query_lens=lens, block_tables=[range(8)] * len(lens), logits=[1] * len(lens),
+            block_size=16,
+        )  # fmt: skip
+        ids = torch.randint(50, (sum(lens),))
+        assert torch.equal(recorded(ids, [batch]), body(ids, [batch]))
 
 
 @pytest.mark.parametrize("what", ["query", "keys", "values"])

@@ -129,6 +129,8 @@ def attend(
     chip: Chip,
     window: int | None,
     kept: torch.dtype = BF16,
+    softcap: float | None = None,
+    sinks: bool = False,
 ) -> None:
     blocks = -(-(cached + max(counts)) // 16)
     batch = PagedBatch.build(
@@ -140,7 +142,8 @@ def attend(
     )
     held = head + 4 if kept == torch.int8 else head
     cache, query = new(2, blocks, 16, kv_heads, held, dtype=kept), new(sum(counts), kv_heads * group, head)
-    StepAttention(batch, window, chip, COUNTED)(query, cache, 1.0)
+    of_heads = new(kv_heads * group, dtype=F32) if sinks else None
+    StepAttention(batch, window, chip, COUNTED, softcap)(query, cache, 1.0, of_heads)
 
 
 def prepare(groups: int) -> None:
@@ -178,6 +181,8 @@ LAUNCHES: list[Callable[[], Any]] = [
     lambda: attend([1, 40], 99, 8, 4, 128, A100, None),
     lambda: attend([1, 40], 99, 8, 4, 128, H200, None, torch.int8),
     lambda: attend([1] * 64, 999, 8, 4, 128, H200, None, torch.int8),
+    lambda: attend([1, 40], 99, 8, 2, 256, H200, None, softcap=50.0),  # Gemma 2
+    lambda: attend([1, 40], 99, 8, 8, 64, H200, 128, sinks=True),  # gpt-oss
     lambda: prepare(1),
     lambda: through_experts(32, 128, 8, 2048, 768),
 ]
@@ -210,6 +215,17 @@ MORE: list[Callable[[], Any]] = [
         for heads in ((8, 4, 128), (2, 7, 64), (1, 8, 256), (3, 1, 80))
         for chip in (H200, A100)
         for window in (None, 100)
+    ),
+    *(
+        partial(attend, counts, 999, *heads, chip, window, kept, *bent)
+        for counts in ([1], [1, 40])
+        for heads, window, *bent in (
+            ((4, 2, 256), 4096, 50.0, False),
+            ((16, 2, 128), None, 50.0, False),
+            ((8, 8, 64), None, None, True),
+            ((2, 7, 80), 100, 50.0, True),
+        )
+        for chip, kept in ((H200, BF16), (A100, torch.int8))
     ),
     partial(prepare, 3),
     *(partial(through_experts, tokens, 128, 8, 2048, 768) for tokens in (1, 256, 2048)),

@@ -43,6 +43,14 @@ STEPS = {
     "no sharing": ([(31, 1), (0, 33), (170, 9)], 8, 8, 128, 16, None),
     "blocks of one": ([(6, 1), (3, 4)], 2, 2, 16, 1, None),
 }
+SINKS = [1.5, -torch.inf, 300.0, -4.0, 6.0, 0.0, 2.0, 3.0]
+# the soft cap of scores whose deviation is one, and each head's sink
+BENT: dict[str, tuple[float | None, list[float] | None]] = {
+    "cap": (0.5, None),
+    "sinks": (None, SINKS),
+    "both": (2.0, SINKS),
+}
+BENT_IN_CI = [("decode", "both", False), ("blocks of one", "both", False)]
 LONG = ("decode in few splits", "more blocks than programs", "no sharing")
 
 
@@ -89,6 +97,50 @@ def test_attention(name: str, dtype: torch.dtype) -> None:
     assert found.dtype == dtype
     assert (found.float() - expected).norm() / expected.norm() < CLOSE[dtype]
     assert not COUNTED.any(), "the next layer counts from zero"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("name", "bent", "bytes_"),
+    [
+        pytest.param(name, bent, bytes_, marks=() if (name, bent, bytes_) in BENT_IN_CI else pytest.mark.nightly)
+        for name in ("decode", "decode in few splits", "window", "mixed", "blocks of one")
+        for bent in BENT
+        for bytes_ in (False, True)
+        if not (bytes_ and name == "blocks of one")
+    ],
+)
+def test_soft_caps_and_sinks(name: str, bent: str, bytes_: bool, dtype: torch.dtype) -> None:
+    lengths, heads, kv_heads, dim, block_size, window = STEPS[name]
+    if INTERPRETED and dtype != torch.float32 and name != "mixed":
+        pytest.skip("the interpreter takes its time, and one case shows the rounding")
+    softcap, sinks = BENT[bent]
+    batch, blocks = batch_of(lengths, block_size)
+    source = torch.Generator().manual_seed(1)
+    cache = torch.randn((2, blocks, block_size, kv_heads, dim), generator=source)
+    cache = to_bytes(cache).to(DEVICE) if bytes_ else cache.to(DEVICE, dtype)
+    query = torch.randn((batch.num_tokens, heads, dim), generator=source).to(DEVICE, dtype)
+    rest = dim**-0.5, None if sinks is None else torch.tensor(sinks[:heads], device=DEVICE)
+    wide = cache if bytes_ else cache.float()
+    expected = Reference(batch, window, 1 << 26, softcap)(query.float(), wide, *rest)
+    own = in_own_order(cache) if bytes_ else cache.transpose(2, 3).contiguous().view(cache.shape)
+    found = StepAttention(batch, window, CHIP, COUNTED, softcap)(query, own, *rest)
+    assert found.dtype == dtype
+    # by head: what a sink leaves of one is much smaller than the others
+    for head in range(heads):
+        off = (found[:, head].float() - expected[:, head]).norm()
+        assert off <= 2 * CLOSE[dtype] * expected[:, head].norm()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_soft_cap_is_as_near_to_small_scores_as_to_large_ones(dtype: torch.dtype) -> None:
+    batch, blocks = batch_of([(90, 1)], 16)
+    source = torch.Generator().manual_seed(1)
+    cache = torch.randn((2, blocks, 16, 1, 32), generator=source).to(DEVICE, dtype)
+    query = torch.randn((1, 2, 32), generator=source).to(DEVICE, dtype)
+    expected = Reference(batch, None, 1 << 26)(query.float(), cache.float(), 0.2)
+    found = StepAttention(batch, None, CHIP, COUNTED, 2.0**20)(query, cache, 0.2)
+    assert (found.float() - expected).norm() / expected.norm() < CLOSE[dtype]
 
 
 def in_own_order(cache: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,9 @@
 // Queries are rounded likewise where they meet such keys, so that their products are of whole numbers and exact; values
 // are widened in registers.
 //
+// A soft cap has a pass of its own over the products of a tile, before what is hidden is. A sink joins what a softmax divides
+// by once, when all splits are merged.
+//
 // Every kSplit keys, counted from the first of the sequence, softmax begins anew, and what the splits give is merged in
 // order. A long sequence is so shared among threads without a change of any number: whoever computes a split, and whether
 // it is kept for a while or merged at once, the same is done with the same. Rows do not mix. What comes out for a token
@@ -99,6 +102,16 @@ struct Softmax {
     store(&all.total[r], total, 1);
     all.most[r] = top[r];
   }
+}
+
+// Of scores [rows, kTile] in powers of two, in places `begin` to `end`. Not inlined, as it is never where most time goes.
+[[gnu::noinline]] void cap(float* scores, int64_t rows, int64_t begin, int64_t end, float softcap) {
+  const float most = softcap * 1.44269504f;
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t j = begin; j < end; j += kLanes) {
+      float* at = scores + r * kTile + j;
+      store(at, tanh(load(at) * splat(1.0f / most)) * splat(most));
+    }
 }
 
 template <class Do>
@@ -264,6 +277,8 @@ struct Worker {
           const Walk keys(call, call.keys, bytes, task, h, part.from), values(call, call.values, bytes, task, h, part.from);
           products<Rows>(head(h), keys, next, tile, part);
           if constexpr (kScaled<KV>) scale_keys<Rows>(keys, values, tile, part);
+          if (call.softcap > 0.0f)
+            cap(scores, Rows, vectors(part.from - tile).from, vectors(part.to - tile).to, call.softcap);
           soften<Rows>(head(h), next, tile, part, keep);
           int64_t d = 0;
           for (; d + kVecs * kLanes <= dim; d += kVecs * kLanes)
@@ -296,10 +311,21 @@ struct Worker {
            ((task.kv_head + h) * group + number % group) * call.head_dim;
   }
 
+  // To what each softmax divides by. A sink that is more than 2^127 times the largest weight is as good as all of it.
+  [[gnu::noinline]] void add_sinks(const Softmax& all, const AttentionTask& task, int h) const {
+    const int64_t group = call.heads / call.kv_heads;
+    const float* sinks = call.sinks + (task.kv_head + h) * group;
+    float sink[kLanes] = {};
+    for (int r = 0; r < task.rows; ++r) sink[r] = sinks[(task.first_row + r) % group] * 1.44269504f;
+    const Vec share = exp2(min(splat(127.0f), load(sink) - load(all.most, task.rows)));
+    store(all.total, load(all.total, task.rows) + share, task.rows);
+  }
+
   // What is in `all` of a head to where it belongs.
   void finish(const AttentionTask& task, int h) const {
     const int64_t dim = call.head_dim;
     const Softmax all = head(h).all;
+    if (call.sinks) add_sinks(all, task, h);
     with(call.format, [&]<class T>(T) {
       for (int r = 0; r < task.rows; ++r) {
         T* to = row_at(static_cast<T*>(call.out), call.out_stride, task, h, r);

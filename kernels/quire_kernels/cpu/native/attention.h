@@ -17,6 +17,8 @@ struct Attention {
   int64_t block_size;
   int64_t window;  // 0: none
   float scale;
+  float softcap;       // of products that are multiplied by `scale`; 0: none
+  const float* sinks;  // [heads], or null
   void* out;  // [T, heads, head_dim]
   int64_t out_stride;
   // the step
