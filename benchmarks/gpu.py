@@ -583,11 +583,13 @@ def exactness(folder: Path) -> Iterator[dict[str, Any]]:
 
 def attention_rows(card: Card, *, sweep: bool) -> Iterator[dict[str, Any]]:
     """Paged decode attention: bytes of keys and values over time, beside a copy."""
-    bf16, int8 = torch.bfloat16, torch.int8
+    bf16, int8, fp8 = torch.bfloat16, torch.int8, torch.float8_e4m3fn
     shapes = [(8, 4, 128, 1, 8192, bf16), (8, 4, 128, 32, 1024, bf16), (8, 4, 128, 128, 1024, bf16)]
     shapes += [(8, 4, 128, 256, 1024, bf16), (8, 2, 128, 256, 1024, bf16), (8, 4, 128, 8, 8192, bf16)]
     shapes += [(8, 4, 128, 1, 32768, bf16), (2, 7, 64, 256, 1024, bf16)]
-    shapes += [(8, 4, 128, 1, 8192, int8), (8, 4, 128, 32, 1024, int8), (8, 2, 128, 256, 1024, int8)]
+    for kept in (int8, fp8):
+        shapes += [(8, 4, 128, 1, 8192, kept), (8, 4, 128, 32, 1024, kept), (8, 2, 128, 256, 1024, kept)]
+        shapes += [(8, 4, 128, 256, 1024, kept)]
     kernels = load_kernels("triton")
     own = attention.decode_tuning
     tunings: list[dict[str, int]] = [{}]
@@ -673,8 +675,10 @@ def _attention_case(
         block_size=16,
         device=CUDA,
     )
-    if kept == torch.int8:
-        cache = torch.randint(-127, 128, (2, sum(held), 16, kv_heads, dim + 4), device=CUDA, dtype=kept)
+    if kept.itemsize == 1:
+        # whatever the codes: any byte is a number in either format as the kernels read them
+        codes = torch.randint(-127, 128, (2, sum(held), 16, kv_heads, dim + 4), device=CUDA, dtype=torch.int8)
+        cache = codes.view(kept)
         # scales lie behind the codes of a block
         cache.view(2, sum(held), -1)[..., 16 * kv_heads * dim :].view(torch.float32).fill_(0.01)
     else:
@@ -856,8 +860,9 @@ def _rows(part: str, card: Card, options: argparse.Namespace) -> Iterator[dict[s
         yield offline(bench, card, "sharegpt", sharegpt_lengths(256 if quick else 1000))
         yield memory(bench)
         bench.close()
-    elif part == "0.6b-int8-kv":
-        bench = Bench("qwen3-0.6b", seqs=256, tokens=16384, length=2304, kv_bytes=40 << 30, kv="int8")
+    elif part in ("0.6b-int8-kv", "0.6b-fp8-kv"):
+        kept: KvDtype = "int8" if part == "0.6b-int8-kv" else "fp8"
+        bench = Bench("qwen3-0.6b", seqs=256, tokens=16384, length=2304, kv_bytes=40 << 30, kv=kept)
         for batch in (1, 32, 256):
             yield decode(bench, card, batch, 1024, 64)
         yield offline(bench, card, "nano", nano_lengths())
@@ -870,10 +875,16 @@ def _rows(part: str, card: Card, options: argparse.Namespace) -> Iterator[dict[s
         yield prefill(bench, card, 2048)
         yield memory(bench)
         bench.close()
-    elif part in ("8b-int8", "8b-int4"):
-        weights = Quantization("int8") if part == "8b-int8" else Quantization("int4", "bf16", 128)
+    elif part in ("8b-int8", "8b-int4", "8b-int8-fp8-kv"):
+        weights = Quantization("int4", "bf16", 128) if part == "8b-int4" else Quantization("int8")
         bench = Bench(
-            "llama-3.1-8b", seqs=1000, tokens=8192, length=8448, kv_bytes=40 << 30, kv="int8", quantization=weights
+            "llama-3.1-8b",
+            seqs=1000,
+            tokens=8192,
+            length=8448,
+            kv_bytes=40 << 30,
+            kv="fp8" if part == "8b-int8-fp8-kv" else "int8",
+            quantization=weights,
         )
         for batch in (1, 32, 256):
             yield decode(bench, card, batch, 1024, 32)

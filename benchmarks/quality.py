@@ -17,11 +17,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from benchmarks.models import CACHE, model_dir
 from benchmarks.quire_systems import engine_spec
 from benchmarks.rows import RESULTS, ROOT, Row, backend, provenance, write
 from quire.text import Tokenizer
-from quire_engine.engine import Engine
+from quire_engine.engine import DTYPES, KV_DTYPES, Engine
+from quire_engine.models import KVCache, load_model
+from quire_kernels import load
+from quire_schemas.checkpoint import read_profile
 from quire_schemas.wire import EngineSpec, Generate, KvDtype, Quantization, Sampling, TokenLogprobs
 
 WINDOW = 512
@@ -34,6 +39,8 @@ class Arithmetic:
 
     quantization: Quantization | None = None
     kv_dtype: KvDtype = "bfloat16"
+    by_reference: bool = False
+    """By the reference kernels: what CPUs are refused. It is compared with bfloat16 by the same kernels."""
 
 
 ARITHMETIC = {
@@ -45,6 +52,8 @@ ARITHMETIC = {
     "int4 g64": Arithmetic(Quantization("int4", group_size=64)),
     "int4 g128": Arithmetic(Quantization("int4", group_size=128)),
     "int8 keys and values": Arithmetic(kv_dtype="int8"),
+    "none, reference": Arithmetic(by_reference=True),
+    "fp8 keys and values": Arithmetic(kv_dtype="fp8", by_reference=True),
 }
 BARS = {
     "int8": 0.005,
@@ -52,6 +61,7 @@ BARS = {
     "int4 g32": 0.03,
     "int4 g32, bf16 activations": 0.03,
     "int8 keys and values": 0.003,
+    "fp8 keys and values": 0.003,
 }
 """How much more bits per byte are good enough, for the built-in model and its text."""
 
@@ -79,9 +89,26 @@ class Reading:
         return sum(one == two for one, two in both) / len(self.likeliest)
 
 
-def read(spec: EngineSpec, ids: Sequence[int]) -> Reading:
-    """What an engine of that spec says of `ids`, all windows at once. Raises if one fails."""
-    engine = Engine.load(spec)
+def by_reference(spec: EngineSpec) -> Engine:
+    """An engine of that spec whose kernels are those of the reference."""
+    folder, device = Path(spec.model_dir), torch.device("cpu")
+    torch.set_num_threads(spec.threads)
+    profile = read_profile(folder)
+    model = load_model(
+        folder,
+        profile,
+        dtype=DTYPES[spec.dtype],
+        device=device,
+        kernels=load("reference"),
+        on_progress=lambda *_: None,
+        quantization=spec.quantization,
+    )
+    kv = KVCache.allocate(profile, spec.num_blocks, spec.block_size, KV_DTYPES[spec.kv_dtype], device)
+    return Engine.assemble(spec, profile, model, kv)
+
+
+def read(engine: Engine, ids: Sequence[int]) -> Reading:
+    """What an engine says of `ids`, all windows at once. Raises if one fails."""
     starts = range(0, len(ids) - 1, WINDOW)
     sampling = Sampling(max_tokens=1, temperature=0.0, prompt_logprobs=1)
     for start in starts:
@@ -101,19 +128,20 @@ def read(spec: EngineSpec, ids: Sequence[int]) -> Reading:
 def measure(
     folder: Path, text: str, *, threads: int, names: Sequence[str] = tuple(ARITHMETIC), bars: bool = True
 ) -> list[Row]:
-    """A row for each arithmetic in `names`, the first of which is what the others are compared with."""
+    """A row for each arithmetic in `names`, the first of which, by whichever kernels, is what the others of these
+    kernels are compared with."""
     ids = Tokenizer.load(folder).encode(text, add_special_tokens=False)
     size = len(text.encode())
     rows: list[Row] = []
-    first: Reading | None = None
+    firsts: dict[bool, Reading] = {}
     for name in names:
         numbers = ARITHMETIC[name]
         spec = engine_spec(
             folder, "bfloat16", threads=threads, max_num_seqs=8, quantization=numbers.quantization,
             kv_dtype=numbers.kv_dtype,
         )  # fmt: skip
-        found = read(spec, ids)
-        first = first or found
+        found = read(by_reference(spec) if numbers.by_reference else Engine.load(spec), ids)
+        first = firsts.setdefault(numbers.by_reference, found)
         bits = found.bits_per_byte(size)
         rows.append(
             {
@@ -126,6 +154,7 @@ def measure(
                 "same_likeliest": round(found.agrees(first), 5),
                 "tokens": len(ids) - 1,
                 "bytes": size,
+                **({"backend": "reference"} if numbers.by_reference else {}),
             }
         )
     return rows

@@ -68,7 +68,7 @@ from quire_schemas.wire import (
 log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-KV_DTYPES = DTYPES | {"int8": torch.int8}
+KV_DTYPES = DTYPES | {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 _HEAD_ROWS = {"cpu": 1 << 30, "cuda": HEAD_ROWS}
 """Of so many rows logits are there at once when the host draws; on a CPU of all that draw."""
 MAX_LIVE_ENTRIES = 2 * MAX_LOGPROB_ENTRIES
@@ -140,7 +140,7 @@ class Engine:
             problem := misfit(profile, spec.quantization) or experts_misfit(profile, spec.device)
         ):
             raise InvalidSpec(problem)
-        if problem := kv_misfit(profile, spec.kv_dtype):
+        if problem := kv_misfit(profile, spec.kv_dtype, spec.device):
             raise InvalidSpec(problem)
         adapters = read_adapters(spec.adapters, profile)
         plan = MemoryPlan.of(spec, profile, adapters=[adapter.profile for adapter in adapters])

@@ -98,8 +98,9 @@ class PagedAttention(Protocol):
 
         `query` [T, H, D]; `cache` (keys, values) as of `place_heads`, this step's tokens already written; `scale`
         multiplies the products of queries and keys. Over an int8 cache each head's query is rounded as its keys
-        are, and whole numbers are multiplied exactly. Returns [T, H, D] in the query's dtype. Whatever lies in
-        slots that hold no token of the sequence itself cannot reach the result.
+        are, and whole numbers are multiplied exactly; over an fp8 cache queries stay as they are. Returns
+        [T, H, D] in the query's dtype. Whatever lies in slots that hold no token of the sequence itself cannot
+        reach the result.
 
         `sinks` [H] float32, dense, a parameter of the layer: e^sinks[h] is added once to what each softmax of head
         h divides by, as a key would be that every token sees and whose value is zero. They are neither scaled nor
@@ -151,11 +152,11 @@ class Kernels(Protocol):
         token's numbers are dense. Rotation turns the pairs (x[d], x[d + D/2]) of each head: `cos` and `sin`
         [T, 1, D] float32, where `sin` carries the sign, its first half negated. Keys and values go to `slots` [T]
         int64 of `cache` [2, N, P, K, D], cast to its dtype; within a block their order is the back-end's own. An
-        int8 cache, where D is a multiple of 4, is [2, N, P, K, D + 4]: each
-        head of a token is rounded by a float32 scale of its own, so that its largest number becomes 127, and the
-        scale is kept beside it. A head with a number that is not finite reads as NaN. A token with a negative slot
-        is padding of a captured graph, and nothing is stored for it: batches for `triton` alone may have such
-        tokens.
+        int8 or fp8 (e4m3) cache, where D is a multiple of 4, is [2, N, P, K, D + 4]: each head of a token is
+        rounded by a float32 scale of its own, so that its largest number becomes 127 or 448, and the scale is kept
+        beside it. A head with a number that is not finite reads as NaN. `cpu` has no fp8 caches. A token with a
+        negative slot is padding of a captured graph, and nothing is stored for it: batches for `triton` alone may
+        have such tokens.
         """
 
     def paged_attention(

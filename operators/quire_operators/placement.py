@@ -298,11 +298,14 @@ def place(
         enforce_eager=engine["enforceEager"],
         adapters=tuple(profile for _, profile in adapters),
     )
-    if problem := kv_misfit(profile, request.kv_dtype):
+    if problem := kv_misfit(profile, request.kv_dtype, kind):
+        unfit = kv_misfit(profile, "int8", kind)
         raise NoSuchNumbers(
-            "ConfigRejected", problem, "declare kvCache.dtype: auto, or a float type",
+            "ConfigRejected",
+            problem,
+            f"declare kvCache.dtype: {'auto' if unfit else 'int8, auto'}, or a float type",
             path="spec.engine.kvCache.dtype",
-        )  # fmt: skip
+        )
     longest = profile.max_position_embeddings
     if request.max_model_len is not None and request.max_model_len > longest:
         raise TooLong(
@@ -431,7 +434,10 @@ def _device_name(inventory: Inventory, name: str) -> str:
 
 
 def _kv_dtype(name: str) -> wire.KvDtype:
-    return "int8" if name == "int8" else _float(name)
+    match name:
+        case "int8" | "fp8":
+            return name
+    return _float(name)
 
 
 def _float(name: str) -> Literal["float32", "bfloat16", "float16"]:

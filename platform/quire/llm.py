@@ -186,8 +186,9 @@ class LLM:
             )
         except Unquantizable as found:
             raise ValueError(f"quantization is {quantization!r}: {found}\nhint: {_INSTEAD[found.field]}") from None
-        if kv_dtype != "auto" and (problem := kv_misfit(profile, kv_dtype)):
-            raise ValueError(f'kv_dtype is "{kv_dtype}": {problem}\nhint: kv_dtype="auto"')
+        if kv_dtype != "auto" and (problem := kv_misfit(profile, kv_dtype, kind)):
+            other = "" if kv_misfit(profile, "int8", kind) else ' or "int8"'
+            raise ValueError(f'kv_dtype is "{kv_dtype}": {problem}\nhint: kv_dtype="auto"{other}')
         total, available = torch.cuda.mem_get_info()[::-1] if kind == "cuda" else _memory()
         request = SizingRequest(
             dtype=resolved,

@@ -163,13 +163,13 @@ def _value(name: str, path: str, values: list[str], *, negated: bool) -> Any:
     if value.lower() in ("true", "false"):
         return (value.lower() == "true") != negated
     if path in _TEXTS:
-        return _DTYPES.get(value, value) if path == "spec.engine.dtype" else value
+        return _DTYPES.get(value, value) if path.endswith(".dtype") else value
     if found := re.fullmatch(r"(\d+(?:\.\d+)?)([kmgKMG]?)", value):
         return round(float(found[1]) * _THOUSANDS.get(found[2], 1))
     return value
 
 
-_DTYPES = {"half": "float16", "float": "float32"}
+_DTYPES = {"half": "float16", "float": "float32", "fp8_e4m3": "fp8"}
 """Other spellings of number formats."""
 _TEXTS = {"spec.revision", "spec.engine.dtype", "spec.engine.kvCache.dtype", "spec.quantization.method"}
 """Fields whose values look like numbers now and then and are none."""

@@ -128,12 +128,11 @@ class KvCache(Strict):
     """The paged store of attention keys and values."""
 
     dtype: Literal["auto", "fp8", "int8", "bfloat16", "float16", "float32"] = declared(
-        "Number format of cached keys and values. 'auto' is the engine's dtype. 'int8' has a scale for each head "
-        "of a token: about half the bytes of bfloat16, other numbers.",
+        "Number format of cached keys and values. 'auto' is the engine's dtype. 'int8' and 'fp8' (e4m3) have a "
+        "scale for each head of a token: about half the bytes of bfloat16, other numbers. 'fp8' is for GPUs "
+        "alone.",
         "auto",
         update="rolling",
-        refused="the cache is stored in int8 or in a float type of 16 or 32 bits",
-        honours=("auto", "int8", "bfloat16", "float16", "float32"),
     )
     block_size: Literal[8, 16, 32] = declared(
         "Tokens in one block. Smaller blocks waste fewer slots at the end of a sequence; larger ones need "

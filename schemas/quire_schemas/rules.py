@@ -517,6 +517,15 @@ def _quantization(facts: Facts) -> Iterator[Finding]:
         )
 
 
+def _keys_and_values(facts: Facts) -> Iterator[Finding]:
+    if facts["spec.engine.kvCache.dtype"] == "fp8" and facts["spec.engine.device"] == "cpu":
+        yield Finding(
+            ("spec", "engine", "kvCache", "dtype"),
+            f"{REFUSED}: fp8 keys and values on a CPU",
+            "declare int8, which has the same size and which CPUs multiply, or engine.device: cuda",
+        )
+
+
 def _determinism(facts: Facts) -> Iterator[Finding]:
     if facts["spec.determinism"] == "none":
         return
@@ -923,6 +932,7 @@ _RULES: dict[str, tuple[Rule, ...]] = {
         _adapters_device,
         _environment,
         _quantization,
+        _keys_and_values,
         _determinism,
         _canary,
         _canary_steps,

@@ -7,7 +7,8 @@
     blocks  = ⌊KV budget / bytes of a block⌋
     a block = block size × layers of a group × 2 × max(1, KV heads / tensor parallel) × bytes of a head
 
-A head of a key or value takes its size times the bytes of a number; in int8 that is 1, and 4 more are its scale.
+A head of a key or value takes its size times the bytes of a number; in int8 and fp8 that is 1, and 4 more are its
+scale.
 
 Layers that see the same keys form a group, and a block holds some tokens of one group (`kv_groups`). A model whose
 layers are of one kind is one group, so that a block holds all layers. A group whose layers see only a window keeps
@@ -55,9 +56,11 @@ MASK_BYTES = 4 * MIB
 """One tile of a prefill's mask, unless 16 rows of it need more."""
 
 KV_SCALE_BYTES = 4
-"""Of a head of a key or value in int8 (`quire_kernels.reference.bytes.SCALE_BYTES`)."""
-KV_INT8_NUMBERS = 4
-"""Numbers of an int8 key that are multiplied at once: a head has a multiple of it."""
+"""Of a head of a key or value in int8 or fp8 (`quire_kernels.reference.bytes.SCALE_BYTES`)."""
+KV_BYTES_NUMBERS = 4
+"""A head in int8 or fp8 has a multiple of so many numbers, for a scale behind them lies as a float32 does."""
+KV_IN_BYTES = ("int8", "fp8")
+"""Formats of a byte a number and a scale a head."""
 
 SPLIT_TOKENS = 1024
 SPLITS_BYTES = 16 * MIB
@@ -290,13 +293,15 @@ def group_size(groups: Iterable[KVGroup]) -> int:
 
 def kv_head_bytes(head_dim: int, kv_dtype: str) -> int:
     """What the cache keeps of a key or a value of one head."""
-    return head_dim + KV_SCALE_BYTES if kv_dtype == "int8" else head_dim * DTYPE_BYTES[kv_dtype]
+    return head_dim + KV_SCALE_BYTES if kv_dtype in KV_IN_BYTES else head_dim * DTYPE_BYTES[kv_dtype]
 
 
-def kv_misfit(profile: ModelProfile, kv_dtype: str) -> str:
-    """Why keys and values of a model cannot be in that number format; empty if they can."""
-    if kv_dtype == "int8" and profile.head_dim % KV_INT8_NUMBERS:
-        return f"the head size {profile.head_dim} is no multiple of {KV_INT8_NUMBERS}, as int8 keys need"
+def kv_misfit(profile: ModelProfile, kv_dtype: str, device: str) -> str:
+    """Why keys and values of a model cannot be in that number format on `device`; empty if they can."""
+    if kv_dtype == "fp8" and device == "cpu":
+        return "fp8 keys and values are kept on GPUs alone, and this model runs on a CPU"
+    if kv_dtype in KV_IN_BYTES and profile.head_dim % KV_BYTES_NUMBERS:
+        return f"the head size {profile.head_dim} is no multiple of {KV_BYTES_NUMBERS}, as {kv_dtype} keys need"
     return ""
 
 
@@ -716,8 +721,8 @@ def _offers(profile: ModelProfile, report: FitReport) -> Iterable[CounterOffer]:
         yield CounterOffer("spec.engine.kvCache.dtype", "bfloat16")
     if request.dtype == "float32" and fits(replace(request, dtype="bfloat16", kv_dtype="bfloat16")):
         yield CounterOffer("spec.engine.dtype", "bfloat16 (kvCache.dtype auto)")
-    narrows = request.runner == "model" and request.kv_dtype != "int8" and not kv_misfit(profile, "int8")
-    if narrows and fits(replace(request, kv_dtype="int8")):
+    narrows = request.runner == "model" and request.kv_dtype not in KV_IN_BYTES
+    if narrows and not kv_misfit(profile, "int8", request.device) and fits(replace(request, kv_dtype="int8")):
         yield CounterOffer("spec.engine.kvCache.dtype", "int8 (other numbers)")
     if request.runner == "model" and request.quantization is None:
         four = FLOATS[request.dtype] if request.device == "cuda" else "int8"

@@ -62,7 +62,7 @@ class BadMessage(WireError):
 
 
 RunnerKind = Literal["model", "scripted"]
-KvDtype = Literal["float32", "bfloat16", "float16", "int8"]
+KvDtype = Literal["float32", "bfloat16", "float16", "int8", "fp8"]
 """What carries out an engine's steps: a model, or a script that each request brings."""
 
 Policy = Literal["fcfs", "priority"]

@@ -36,8 +36,8 @@ class KVCache:
     """The keys and values of all sequences.
 
     `tensors[i]` [2, N, P, K, D] holds layer `group.layers[i]` of every group: a block is a slice of all of them,
-    and which group it serves is told by the block tables it is in. In int8 they are [2, N, P, K, D + 4]: the
-    bytes of a scale lie behind the numbers.
+    and which group it serves is told by the block tables it is in. In int8 and fp8 they are [2, N, P, K,
+    D + 4]: the bytes of a scale lie behind the numbers.
     """
 
     def __init__(self, groups: tuple[KVGroup, ...], tensors: tuple[Tensor, ...]) -> None:
@@ -55,7 +55,7 @@ class KVCache:
     ) -> KVCache:
         """A cache for `profile`, zeroed: the memory is touched now, so a lack of it shows now."""
         groups = kv_groups(profile)
-        kept = profile.head_dim + (KV_SCALE_BYTES if dtype == torch.int8 else 0)
+        kept = profile.head_dim + (KV_SCALE_BYTES if dtype.itemsize == 1 else 0)
         shape = (2, num_blocks, block_size, profile.num_kv_heads, kept)
         tensors = (
             large_pages(torch.empty(shape, dtype=dtype, device=device)).zero_() for _ in range(group_size(groups))
@@ -66,7 +66,9 @@ class KVCache:
         """Makes each second block of `copies` what the first of its pair is."""
         source, target = (torch.tensor(side, device=self.tensors[0].device) for side in zip(*copies, strict=True))
         for tensor in self.tensors:
-            tensor[:, target] = tensor[:, source]
+            # as bytes, for not every torch can index fp8
+            side = tensor.view(torch.uint8) if tensor.dtype.itemsize == 1 else tensor
+            side[:, target] = side[:, source]
 
     @property
     def bytes(self) -> int:

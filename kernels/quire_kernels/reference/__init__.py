@@ -12,7 +12,7 @@ from torch import Tensor
 from quire_kernels.paging import PagedBatch
 from quire_kernels.quantized import Activations, QuantizedWeight
 from quire_kernels.reference.attention import GATHER_BYTES, StepAttention
-from quire_kernels.reference.bytes import to_bytes
+from quire_kernels.reference.bytes import LARGEST, to_bytes
 from quire_kernels.reference.experts import EachExpert, each_part, each_product, route
 from quire_kernels.reference.product import PlainProduct, QuantizedProduct
 from quire_kernels.reference.rotation import turns
@@ -80,7 +80,11 @@ class ReferenceKernels:
     def write_kv(self, key: Tensor, value: Tensor, cache: Tensor, slots: Tensor) -> None:
         """Stores `key` and `value` [T, K, D] at `slots` [T] of `cache`, in its number format."""
         for side, new in zip(cache.view(2, -1, *cache.shape[3:]), (key, value), strict=True):
-            side.index_copy_(0, slots, to_bytes(new) if cache.dtype == torch.int8 else new.to(cache.dtype))
+            if cache.dtype in LARGEST:
+                # as bytes, for torch copies no rows of fp8
+                side.view(torch.uint8).index_copy_(0, slots, to_bytes(new, cache.dtype).view(torch.uint8))
+            else:
+                side.index_copy_(0, slots, new.to(cache.dtype))
 
     def paged_attention(
         self, batch: PagedBatch, *, window: int | None, softcap: float | None = None

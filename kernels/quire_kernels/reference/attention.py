@@ -16,7 +16,7 @@ at most `gather_bytes` (or, for one head of one very long sequence, what that he
 A masked score is -inf and its weight 0, but 0 · NaN is NaN. Slots that hold no token of the sequence are
 therefore never left in a gather: what lies in them, or behind a table entry past the sequence, cannot matter.
 
-A cache in 8 bits is widened as it is gathered, and queries are rounded as its keys were: so back-ends may
+A cache in 8 bits is widened as it is gathered. In int8 queries are rounded as its keys were, too: so back-ends may
 multiply whole numbers.
 
 Legend: T tokens of the step, S sequences (of a group), H query heads, K key/value heads, G = H / K, D head size,
@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quire_kernels.paging import PagedBatch
-from quire_kernels.reference.bytes import from_bytes, rounded_rows
+from quire_kernels.reference.bytes import LARGEST, from_bytes, rounded_rows
 
 GATHER_BYTES = 64 * 1024 * 1024
 """Keys and values, as float32, that one gather holds at most."""
@@ -266,5 +266,7 @@ class _Scores:
 
 def _gather(side: Tensor, blocks: Tensor) -> Tensor:
     """The slots of `blocks` one after the other, [B · P, K, D] float32, from one side of a cache."""
-    found = side.index_select(0, blocks)
-    return (from_bytes(found) if side.dtype == torch.int8 else found.float()).flatten(0, 1)
+    if side.dtype not in LARGEST:
+        return side.index_select(0, blocks).float().flatten(0, 1)
+    # as bytes, for not every torch can index fp8
+    return from_bytes(side.view(torch.uint8).index_select(0, blocks).view(side.dtype)).flatten(0, 1)

@@ -1,6 +1,9 @@
 """Rows of numbers in 8 bits with a scale each, and the layout in which a cache keeps them.
 
-    s = max |x| / 127,   a[d] = round(x[d] · 127 / max |x|),   x[d] ≈ a[d] · s
+    s = max |x| / most,   a[d] = round(x[d] · most / max |x|),   x[d] ≈ a[d] · s
+
+where `most` and what is rounded to are those of the format: whole numbers to 127 in int8; in e4m3 (fp8) floats of
+four bits of exponent and three of fraction, whose largest is 448.
 
 Legend: D numbers of a row.
 """
@@ -10,6 +13,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+E4M3 = torch.float8_e4m3fn
+
+LARGEST = {torch.int8: 127.0, E4M3: 448.0}
+"""What the largest number of a row becomes, in each format that has scales."""
+
 SCALE_BYTES = 4
 """Of a row in a cache: its scale, float32, behind its numbers."""
 
@@ -17,30 +25,32 @@ _NOTHING = 1e-30
 """A row whose largest number is below this is taken for zero: 127 divided by less may be infinite."""
 
 
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows [..., D] float32 as [..., D] int8, -127 to 127, and their scales [...] float32.
+def quantize_rows(x: Tensor, kept: torch.dtype = torch.int8) -> tuple[Tensor, Tensor]:
+    """Rows [..., D] float32 as codes [..., D] in `kept`, one of `LARGEST`, and their scales [...] float32.
 
     A row with a number that is not finite has NaN for its scale: what it stands for is NaN.
     """
+    largest = LARGEST[kept]
     most = x.abs().amax(-1)
     usable = most.isfinite() & (most >= _NOTHING)
     # by `full_like`, for torch computes 127 / most by a reciprocal, which rounds twice
-    inverse = torch.where(usable, torch.full_like(most, 127.0) / most, 0.0)
-    codes = torch.where(usable.unsqueeze(-1), x * inverse.unsqueeze(-1), 0.0).round_().clamp_(-127, 127)
-    scales = torch.where(usable, most / 127.0, torch.where(most.isfinite(), 0.0, torch.nan))
-    return codes.to(torch.int8), scales
+    inverse = torch.where(usable, torch.full_like(most, largest) / most, 0.0)
+    scaled = torch.where(usable.unsqueeze(-1), x * inverse.unsqueeze(-1), 0.0)
+    codes = (scaled.round_() if kept == torch.int8 else scaled).clamp_(-largest, largest).to(kept)
+    scales = torch.where(usable, most / largest, torch.where(most.isfinite(), 0.0, torch.nan))
+    return codes, scales
 
 
-def rounded_rows(x: Tensor) -> Tensor:
+def rounded_rows(x: Tensor, kept: torch.dtype = torch.int8) -> Tensor:
     """What rows [..., D] stand for once they are quantized, float32."""
-    codes, scales = quantize_rows(x.float())
+    codes, scales = quantize_rows(x.float(), kept)
     return codes.float() * scales.unsqueeze(-1)
 
 
-def to_bytes(x: Tensor) -> Tensor:
-    """Rows [..., D] as a cache in 8 bits keeps them, [..., D + `SCALE_BYTES`] int8."""
-    codes, scales = quantize_rows(x.float())
-    return torch.cat((codes, scales.unsqueeze(-1).view(torch.int8)), -1)
+def to_bytes(x: Tensor, kept: torch.dtype = torch.int8) -> Tensor:
+    """Rows [..., D] as a cache in 8 bits keeps them, [..., D + `SCALE_BYTES`] in `kept`."""
+    codes, scales = quantize_rows(x.float(), kept)
+    return torch.cat([part.view(torch.uint8) for part in (codes, scales.unsqueeze(-1))], -1).view(kept)
 
 
 def from_bytes(kept: Tensor) -> Tensor:

@@ -18,8 +18,9 @@ blocks, which every program makes for itself. The host has to know no lengths, a
 nothing.
 
 A block of the cache holds [K, P, D] here: the slots of one head lie side by side. In 8 bits scales follow
-(`bytes`): queries are rounded like keys, their products are whole numbers, and the scales of keys are multiplied
-in behind them, those of values before theirs.
+(`bytes`): the scales of keys are multiplied in behind their products, those of values before theirs. In int8
+queries are rounded like keys, and products are whole numbers. In e4m3 queries stay as they are; both halves of a
+head come out of the same words, and each is a product of its own.
 
 Legend: T tokens, S sequences, H query heads, K key/value heads, G = H / K, D head size, N blocks, P slots a block,
 X splits.
@@ -37,7 +38,8 @@ import triton.language as tl
 from torch import Tensor
 
 from quire_kernels.paging import PagedBatch
-from quire_kernels.triton.bytes import rounded
+from quire_kernels.reference.bytes import E4M3, LARGEST
+from quire_kernels.triton.bytes import halves_of, rounded
 from quire_kernels.triton.launch import dependent, fetch, wait
 
 _LEAST_SPLIT = 64
@@ -82,7 +84,9 @@ def _tile(
     state_max,
     state_sum,
     acc,
+    acc_high,
     q,
+    q_high,
     q_scale,
     keys,
     values,
@@ -101,6 +105,7 @@ def _tile(
     GUARDED: tl.constexpr,
     CAP: tl.constexpr,
     BYTES: tl.constexpr,
+    WORDS: tl.constexpr,
     NUMBER: tl.constexpr,
     P: tl.constexpr,
     D: tl.constexpr,
@@ -110,7 +115,9 @@ def _tile(
 ):
     """One tile of keys `start` … of a sequence, taken into the online softmax. Rows see keys `row_low` to
     `row_last`; those of the tile outside `low` to `high` are not read. MASKED: a row may not see all of the tile.
-    GUARDED: a row may have seen none yet. CAP: the soft cap in powers of two, and `scale` is over it; or 0."""
+    GUARDED: a row may have seen none yet. WORDS: `q` and `acc` are of the first halves of heads, `q_high` and
+    `acc_high` of the others, and BLOCK_D is for a half; else those two are nothing.
+    CAP: the soft cap in powers of two, and `scale` is over it; or 0."""
     dims = tl.arange(0, BLOCK_D)
     places = start + tl.arange(0, BLOCK_N)
     there = (places >= low) & (places < high)
@@ -122,6 +129,14 @@ def _tile(
         k_scale = tl.load(key_scales + beside, mask=there, other=0.0)
         # whole numbers, exactly
         scores = tl.dot(q, k, out_dtype=tl.int32).to(tl.float32) * (q_scale[:, None] * k_scale[None, :])
+    elif WORDS:
+        at = blocks * (P * kv_heads * (D // 2 + 2)) + (head * P + places % P) * (D // 2)
+        beside = blocks * (P * kv_heads * (D + 4) // 4) + P * kv_heads * D // 4 + head * P + places % P
+        k = tl.load(keys + at[None, :] + dims[:, None], mask=there[None, :] & (dims < D // 2)[:, None], other=0)
+        k_scale = tl.load(key_scales + beside, mask=there, other=0.0)
+        k_low, k_high = halves_of(k, NUMBER)
+        scores = tl.dot(q, k_low, input_precision=PRECISION)
+        scores = tl.dot(q_high, k_high, scores, input_precision=PRECISION) * k_scale[None, :]
     else:
         at = ((blocks * kv_heads + head) * P + places % P) * D
         k = tl.load(keys + at[None, :] + dims[:, None], mask=there[None, :] & (dims < D)[:, None], other=0.0)
@@ -140,21 +155,30 @@ def _tile(
     weights = tl.exp2(scores * factor - shift[:, None])
     fade = tl.exp2(state_max - shift)
     state_sum = state_sum * fade + tl.sum(weights, 1)
-    v = tl.load(values + at[:, None] + dims[None, :], mask=there[:, None] & (dims < D)[None, :], other=0)
+    WIDTH: tl.constexpr = D // 2 if WORDS else D
+    v = tl.load(values + at[:, None] + dims[None, :], mask=there[:, None] & (dims < WIDTH)[None, :], other=0)
+    v_high = v
+    if WORDS:
+        v, v_high = halves_of(v, NUMBER)
+        acc_high = acc_high * fade[:, None]
     acc = acc * fade[:, None]
-    if BYTES:
+    if BYTES or WORDS:
         v_scale = tl.load(value_scales + beside, mask=there, other=0.0)
         if tl.float16 == NUMBER:  # which has no room for small weights times small scales
             peak = tl.max(v_scale, 0)
             peak = tl.where(peak > 0.0, peak, 1.0)
             weights *= (v_scale / peak)[None, :]
             acc += tl.dot(weights.to(NUMBER), v.to(NUMBER)) * peak
+            if WORDS:
+                acc_high += tl.dot(weights.to(NUMBER), v_high) * peak
         else:
             weights *= v_scale[None, :]
             acc = tl.dot(weights.to(NUMBER), v.to(NUMBER), acc, input_precision=PRECISION)
+            if WORDS:
+                acc_high = tl.dot(weights.to(NUMBER), v_high, acc_high, input_precision=PRECISION)
     else:
         acc = tl.dot(weights.to(NUMBER), v.to(NUMBER), acc, input_precision=PRECISION)
-    return new_max, state_sum, acc
+    return new_max, state_sum, acc, acc_high
 
 
 @triton.jit
@@ -220,6 +244,7 @@ def _decode(
     sinks,
     INDIRECT: tl.constexpr,
     BYTES: tl.constexpr,
+    WORDS: tl.constexpr,
     WINDOW: tl.constexpr,
     CAP: tl.constexpr,
     SINKS: tl.constexpr,
@@ -254,10 +279,13 @@ def _decode(
         places = begin + tl.arange(0, BLOCK_N)
         there = (places < end) & alone
         blocks = tl.load(table + places // P, mask=there, other=0).to(tl.int64)
-        at = (blocks * kv_heads + head) * (P * D) + places % P * D
+        WIDTH: tl.constexpr = D // 2 if WORDS else D
+        at = (blocks * kv_heads + head) * (P * WIDTH) + places % P * WIDTH
         if BYTES:
             at += blocks * (P * kv_heads * 4)
-        for number in tl.static_range(0, D, LINE):
+        if WORDS:
+            at += blocks * (P * kv_heads * 2)
+        for number in tl.static_range(0, WIDTH, LINE):
             fetch(keys + at + number)
             fetch(values + at + number)
     wait(DEPENDENT)
@@ -265,13 +293,17 @@ def _decode(
         return
     members, dims = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
     heads = head * G + members
-    inside = (members < G)[:, None] & (dims < D)[None, :]
+    inside = (members < G)[:, None] & (dims < (D // 2 if WORDS else D))[None, :]
     base = row.to(tl.int64) * kv_heads * G
     q = tl.load(query + (base + heads[:, None]) * D + dims[None, :], mask=inside, other=0.0)
     NUMBER: tl.constexpr = query.dtype.element_ty
     q_scale = tl.zeros([ROWS], tl.float32)
+    q_high, acc_high = q_scale, q_scale
     if BYTES:
         q, q_scale = rounded(q.to(tl.float32))
+    if WORDS:
+        q_high = tl.load(query + (base + heads[:, None]) * D + D // 2 + dims[None, :], mask=inside, other=0.0)
+        acc_high = tl.zeros([ROWS, BLOCK_D], tl.float32)
     state_max = tl.full([ROWS], float("-inf"), tl.float32)
     state_sum = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
@@ -279,27 +311,35 @@ def _decode(
     # whole tiles first: they need no mask
     whole = begin + (end - begin) // BLOCK_N * BLOCK_N
     for start in tl.range(begin, whole, BLOCK_N):
-        state_max, state_sum, acc = _tile(
-            state_max, state_sum, acc, q, q_scale, keys, values, key_scales, value_scales, table, start,
+        state_max, state_sum, acc, acc_high = _tile(
+            state_max, state_sum, acc, acc_high, q, q_high, q_scale,
+            keys, values, key_scales, value_scales, table, start,
             begin, end, nothing, nothing, head,
-            kv_heads, scale, False, False, CAP, BYTES, NUMBER, P, D, BLOCK_D, BLOCK_N, PRECISION,
+            kv_heads, scale, False, False, CAP, BYTES, WORDS, NUMBER, P, D, BLOCK_D, BLOCK_N, PRECISION,
         )  # fmt: skip
     if whole < end:
-        state_max, state_sum, acc = _tile(
-            state_max, state_sum, acc, q, q_scale, keys, values, key_scales, value_scales, table, whole,
+        state_max, state_sum, acc, acc_high = _tile(
+            state_max, state_sum, acc, acc_high, q, q_high, q_scale,
+            keys, values, key_scales, value_scales, table, whole,
             begin, end, nothing + end - 1, nothing, head,
-            kv_heads, scale, True, False, CAP, BYTES, NUMBER, P, D, BLOCK_D, BLOCK_N, PRECISION,
+            kv_heads, scale, True, False, CAP, BYTES, WORDS, NUMBER, P, D, BLOCK_D, BLOCK_N, PRECISION,
         )  # fmt: skip
     if SPLITS == 1:
         if SINKS:
             sink = tl.load(sinks + heads, mask=members < G, other=0.0)
             state_sum = _with_sinks(state_sum, state_max, sink)
         acc = acc / state_sum[:, None]
-        tl.store(out + (base + heads[:, None]) * D + dims[None, :], acc.to(out.dtype.element_ty), mask=inside)
+        place = (base + heads[:, None]) * D + dims[None, :]
+        tl.store(out + place, acc.to(out.dtype.element_ty), mask=inside)
+        if WORDS:
+            acc_high = acc_high / state_sum[:, None]
+            tl.store(out + place + D // 2, acc_high.to(out.dtype.element_ty), mask=inside)
     else:
         first = (sequence.to(tl.int64) * kv_heads + head) * G * SPLITS
         place = first + members * SPLITS + split
         tl.store(parts + place[:, None] * D + dims[None, :], acc, mask=inside)
+        if WORDS:
+            tl.store(parts + place[:, None] * D + D // 2 + dims[None, :], acc_high, mask=inside)
         tl.store(sums + place * 2, state_max, mask=members < G)
         tl.store(sums + place * 2 + 1, state_sum, mask=members < G)
         # all threads have written before one of them says so
@@ -318,7 +358,7 @@ def _decode(
                     used,
                     SINKS,
                     D,
-                    BLOCK_D,
+                    2 * BLOCK_D if WORDS else BLOCK_D,
                     SPLITS,
                 )
 
@@ -346,6 +386,7 @@ def _prefill(
     sinks,
     INDIRECT: tl.constexpr,
     BYTES: tl.constexpr,
+    WORDS: tl.constexpr,
     WINDOW: tl.constexpr,
     CAP: tl.constexpr,
     SINKS: tl.constexpr,
@@ -384,12 +425,16 @@ def _prefill(
         context = tl.load(contexts + sequence)
         rows, dims = tl.arange(0, BLOCK_Q * BLOCK_G), tl.arange(0, BLOCK_D)
         tokens, members = offset + rows // BLOCK_G, rows % BLOCK_G
-        inside = ((tokens < count) & (members < G))[:, None] & (dims < D)[None, :]
+        inside = ((tokens < count) & (members < G))[:, None] & (dims < (D // 2 if WORDS else D))[None, :]
         at = ((first + tokens).to(tl.int64) * kv_heads * G + head * G + members) * D
         q = tl.load(query + at[:, None] + dims[None, :], mask=inside, other=0.0)
         q_scale = tl.zeros([BLOCK_Q * BLOCK_G], tl.float32)
+        q_high, acc_high = q_scale, q_scale
         if BYTES:
             q, q_scale = rounded(q.to(tl.float32))
+        if WORDS:
+            q_high = tl.load(query + at[:, None] + D // 2 + dims[None, :], mask=inside, other=0.0)
+            acc_high = tl.zeros([BLOCK_Q * BLOCK_G, BLOCK_D], tl.float32)
         row_last = context - count + tokens
         row_low = tl.zeros_like(row_last)
         low = 0
@@ -410,22 +455,28 @@ def _prefill(
         if WINDOW == 0:
             plain = (context - count + offset + 1) // BLOCK_N * BLOCK_N
         for start in tl.range(begin, plain, BLOCK_N):
-            state_max, state_sum, acc = _tile(
-                state_max, state_sum, acc, q, q_scale, keys, values, key_scales, value_scales, table, start,
+            state_max, state_sum, acc, acc_high = _tile(
+                state_max, state_sum, acc, acc_high, q, q_high, q_scale,
+                keys, values, key_scales, value_scales, table, start,
                 low, high, row_last, row_low, head,
-                kv_heads, scale, False, WINDOW > 0, CAP, BYTES, NUMBER, P, D, BLOCK_D, BLOCK_N, PRECISION,
+                kv_heads, scale, False, WINDOW > 0, CAP, BYTES, WORDS, NUMBER, P, D, BLOCK_D, BLOCK_N, PRECISION,
             )  # fmt: skip
         for start in tl.range(plain, high, BLOCK_N):
-            state_max, state_sum, acc = _tile(
-                state_max, state_sum, acc, q, q_scale, keys, values, key_scales, value_scales, table, start,
+            state_max, state_sum, acc, acc_high = _tile(
+                state_max, state_sum, acc, acc_high, q, q_high, q_scale,
+                keys, values, key_scales, value_scales, table, start,
                 low, high, row_last, row_low, head,
-                kv_heads, scale, True, WINDOW > 0, CAP, BYTES, NUMBER, P, D, BLOCK_D, BLOCK_N, PRECISION,
+                kv_heads, scale, True, WINDOW > 0, CAP, BYTES, WORDS, NUMBER, P, D, BLOCK_D, BLOCK_N, PRECISION,
             )  # fmt: skip
         if SINKS:
             sink = tl.load(sinks + head * G + members, mask=members < G, other=0.0)
             state_sum = _with_sinks(state_sum, state_max, sink)
-        acc = acc / tl.where(state_sum == 0.0, 1.0, state_sum)[:, None]
+        total_sum = tl.where(state_sum == 0.0, 1.0, state_sum)[:, None]
+        acc = acc / total_sum
         tl.store(out + at[:, None] + dims[None, :], acc.to(out.dtype.element_ty), mask=inside)
+        if WORDS:
+            acc_high = acc_high / total_sum
+            tl.store(out + at[:, None] + D // 2 + dims[None, :], acc_high.to(out.dtype.element_ty), mask=inside)
         work = tl.atomic_add(turns, 1)
     if tl.atomic_add(turns + 1, 1) == tl.num_programs(0) - 1:  # nobody looks any more
         tl.store(turns, 0)
@@ -504,8 +555,7 @@ class StepAttention:
             sums,
             self._counters,
             query,
-            cache[0],
-            cache[1],
+            *_numbers(cache),
             *_scales(cache),
             batch.block_tables,
             batch.query_starts if batch.table_rows is None else batch.table_rows,
@@ -519,7 +569,7 @@ class StepAttention:
             ROWS=max(16, triton.next_power_of_2(shape["G"])),
             SPLITS=splits,
             LEAST=_LEAST_SPLIT,
-            LINE=_LINE_BYTES // cache.element_size(),
+            LINE=_LINE_BYTES // (2 if shape["WORDS"] else cache.element_size()),
             **shape,
             **tuning,
             **dependent(),
@@ -536,8 +586,7 @@ class StepAttention:
             out,
             self._counters[_PAIRS:],
             query,
-            cache[0],
-            cache[1],
+            *_numbers(cache),
             *_scales(cache),
             batch.block_tables,
             batch.query_starts if batch.table_rows is None else batch.table_rows,
@@ -575,7 +624,7 @@ def decode_tuning(chip: Chip, rows: int, head_dim: int, kept: torch.dtype) -> di
     Where pairs are not cut and few, each must have much on its way; else small programs share a multiprocessor
     better. Found on an H200 (`benchmarks.gpu --sweep`).
     """
-    if kept == torch.int8:
+    if kept in LARGEST:
         return {"BLOCK_N": 64, "num_warps": 4, "num_stages": 3}
     if head_dim * kept.itemsize > 256:
         return {"BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
@@ -592,25 +641,34 @@ def prefill_tuning(chip: Chip, head_dim: int, number: torch.dtype, kept: torch.d
         return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2, "PROGRAMS": 2}
     if head_dim > 128:
         return {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2, "PROGRAMS": 2}
-    if chip.shared_bytes < _ROOMY or kept == torch.int8:
+    if chip.shared_bytes < _ROOMY or kept in LARGEST:
         return {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2, "PROGRAMS": 1}
     return {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 3, "PROGRAMS": 1}
 
 
+def _numbers(cache: Tensor) -> Tensor:
+    """Both sides of a cache as the numbers in it are read, [2, …]."""
+    return cache.view(torch.int16) if cache.dtype == E4M3 else cache
+
+
 def _scales(cache: Tensor) -> Tensor:
     """Both sides of a cache as the scales in it are read, [2, …]; of one that has none, whatever."""
-    return cache.view(torch.float32) if cache.dtype == torch.int8 else cache
+    return cache.view(torch.float32) if cache.dtype in LARGEST else cache
 
 
 def _shape(query: Tensor, cache: Tensor) -> dict[str, Any]:
     head_dim = query.shape[2]
+    words = cache.dtype == E4M3
     return {
         "G": query.shape[1] // cache.shape[3],
         "P": cache.shape[2],
         "D": head_dim,
         # products of 8 bits take 32 at a time
-        "BLOCK_D": max(32 if cache.dtype == torch.int8 else 16, triton.next_power_of_2(head_dim)),
+        "BLOCK_D": max(
+            32 if cache.dtype == torch.int8 else 16, triton.next_power_of_2(head_dim // 2 if words else head_dim)
+        ),
         "BYTES": cache.dtype == torch.int8,
+        "WORDS": words,
         # three-term tf32 would do for float32, the interpreter knows ieee alone
         "PRECISION": "ieee",
     }

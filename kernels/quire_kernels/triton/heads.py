@@ -8,7 +8,8 @@ A program takes a few heads of one token, whatever they are: queries, keys and v
 projection's output, and what differs between them is selected. The halves of a head are loaded apart, so that a
 number and its partner are in one thread.
 
-A block of the cache holds [K, P, D]: the slots of one head lie side by side. In 8 bits scales follow (`bytes`).
+A block of the cache holds [K, P, D]: the slots of one head lie side by side. In 8 bits scales follow, and in e4m3
+the halves of a head share words (`bytes`).
 
 Legend: T tokens, H query heads, K key/value heads, D head size, N blocks, P slots a block.
 """
@@ -22,7 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quire_kernels.triton.bytes import code_of, scale_of
+from quire_kernels.reference.bytes import E4M3, LARGEST
+from quire_kernels.triton.bytes import code_of, e4m3_of, scale_of
 from quire_kernels.triton.launch import dependent, wait
 
 if TYPE_CHECKING:
@@ -52,6 +54,7 @@ def _place_heads(
     side_stride,
     NORM: tl.constexpr,
     BYTES: tl.constexpr,
+    WORDS: tl.constexpr,
     P: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
@@ -99,7 +102,7 @@ def _place_heads(
         kept = heads - num_heads - side * kv_heads
         row = kept * P + slot % P
         stored = inside & (heads >= num_heads)[:, None]
-        if BYTES:
+        if BYTES or WORDS:
             block = slot // P * kv_heads * P
             # what the model's own format makes of it is what is rounded
             x, y = (
@@ -110,11 +113,17 @@ def _place_heads(
             finite = (tl.abs(x) < float("inf")) & (tl.abs(y) < float("inf"))
             x, y = tl.where(finite, x, 0.0), tl.where(finite, y, 0.0)
             most = tl.max(tl.maximum(tl.abs(x), tl.abs(y)), 1)
-            inverse, unit = scale_of(most, tl.max(tl.where(finite, 0, 1), 1))
-            place = block * (2 * HALF + 4) + row * (2 * HALF) + side * side_stride
-            held = cache + place[:, None] + dims[None, :]
-            tl.store(held, code_of(x * inverse[:, None]).to(tl.int8), mask=stored)
-            tl.store(held + HALF, code_of(y * inverse[:, None]).to(tl.int8), mask=stored)
+            inverse, unit = scale_of(most, tl.max(tl.where(finite, 0, 1), 1), 448.0 if WORDS else 127.0)
+            x, y = x * inverse[:, None], y * inverse[:, None]
+            if WORDS:
+                place = block * (HALF + 2) + row * HALF + side * (side_stride // 2)
+                held = cache + place[:, None] + dims[None, :]
+                tl.store(held, (e4m3_of(x) | e4m3_of(y) << 8).to(tl.int16), mask=stored)
+            else:
+                place = block * (2 * HALF + 4) + row * (2 * HALF) + side * side_stride
+                held = cache + place[:, None] + dims[None, :]
+                tl.store(held, code_of(x).to(tl.int8), mask=stored)
+                tl.store(held + HALF, code_of(y).to(tl.int8), mask=stored)
             beside = block * (2 * HALF + 4) // 4 + kv_heads * P * (2 * HALF) // 4 + row + side * (side_stride // 4)
             tl.store(scales + beside, unit, mask=(heads >= num_heads) & (heads < num_heads + 2 * kv_heads))
         else:
@@ -146,8 +155,8 @@ def place_heads(
         0.0 if norms is None else norms.eps,
         cos,
         sin,
-        cache,
-        cache.view(torch.float32) if cache.dtype == torch.int8 else cache,
+        cache.view(torch.int16) if cache.dtype == E4M3 else cache,
+        cache.view(torch.float32) if cache.dtype in LARGEST else cache,
         slots,
         num_heads,
         cache.shape[3],
@@ -156,6 +165,7 @@ def place_heads(
         cache.stride(0),
         NORM=norms is not None,
         BYTES=cache.dtype == torch.int8,
+        WORDS=cache.dtype == E4M3,
         P=cache.shape[2],
         HALF=half,
         BLOCK_HALF=block,

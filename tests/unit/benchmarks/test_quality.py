@@ -17,7 +17,7 @@ LOG = Path(__file__).resolve().parents[3] / "training/tiny/log.jsonl"
 @pytest.fixture(scope="module")
 def rows() -> dict[str, dict[str, Any]]:
     text = HELD_OUT.read_text(encoding="utf-8")
-    found = measure(builtin.path(), text, threads=1, names=("none", *BARS))
+    found = measure(builtin.path(), text, threads=1, names=("none", "none, reference", *BARS))
     return {row["quantization"]: row for row in found}
 
 
@@ -33,9 +33,15 @@ def test_fewer_bits_stay_within_their_bar(rows: dict[str, dict[str, Any]], name:
     row = rows[name]
     assert row["bar"] == (0.003 if "values" in name else 0.005 if name.startswith("int8") else 0.03)
     assert -row["bar"] <= row["increase"] <= row["bar"]
-    moved, same = (0.08, 0.96) if name.startswith("int8") else (0.4, 0.8)
+    moved, same = (0.08, 0.96) if name.startswith(("int8", "fp8")) else (0.4, 0.8)
     assert 0 < row["moved_bits_per_token"] < moved, "it is another model, and not by much"
     assert same < row["same_likeliest"] < 1
+
+
+def test_fewer_bits_of_a_key_cost_more(rows: dict[str, dict[str, Any]]) -> None:
+    """e4m3 has four where int8 has up to seven."""
+    eight, fp8 = (rows[f"{name} keys and values"]["moved_bits_per_token"] for name in ("int8", "fp8"))
+    assert eight < fp8 < 4 * eight
 
 
 def test_rounding_what_enters_costs_more_than_leaving_it(rows: dict[str, dict[str, Any]]) -> None:

@@ -87,7 +87,7 @@ class Quick(TritonKernels):
         cache: Tensor,
         slots: Tensor,
     ) -> Tensor:
-        if cache.dtype == torch.int8:
+        if cache.dtype.itemsize == 1:
             return super().place_heads(qkv, num_heads, norms, cos, sin, cache, slots)
         _, blocks, size, kv_heads, head = cache.shape
         query, key = qkv[:, :num_heads], qkv[:, num_heads : num_heads + kv_heads]
@@ -233,9 +233,10 @@ def test_quantized_weights_give_the_answers_of_the_reference(
 
 
 @pytest.mark.nightly
-def test_keys_and_values_in_8_bits_give_the_answers_of_the_reference(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kv_dtype", ["int8", "fp8"])
+def test_keys_and_values_in_8_bits_give_the_answers_of_the_reference(kv_dtype: str, tmp_path: Path) -> None:
     build("llama", tmp_path)
-    spec = spec_of(tmp_path, kv_dtype="int8", async_scheduling=True)
+    spec = spec_of(tmp_path, kv_dtype=kv_dtype, async_scheduling=True)
     expected = texts(run(engine_of(spec, "reference"), *requests(3)))
     engine = engine_of(spec, "triton")
     assert texts(run(engine, *requests(3))) == expected

@@ -1,4 +1,6 @@
-"""Keys and values in 8 bits, through whole models and engines: on both back-ends, in any company, shared."""
+"""Keys and values in 8 bits, through whole models and engines: on both back-ends, in any company, shared.
+
+An fp8 cache on a GPU: `resident_cases.py`."""
 
 from __future__ import annotations
 
@@ -11,7 +13,8 @@ from tests.unit.engine.test_models import build
 from torch import Tensor
 
 from quire_engine.attest import attest
-from quire_engine.engine import Engine
+from quire_engine.engine import KV_DTYPES, Engine
+from quire_engine.errors import InvalidSpec
 from quire_engine.models import KVCache, load_model
 from quire_kernels import PagedBatch, load
 from quire_schemas.checkpoint import read_profile
@@ -57,6 +60,31 @@ def test_both_back_ends_agree_and_are_near_to_floats(name: str, tmp_path: Path) 
     assert 1e-4 < away < 0.05
     # a number may fall on the other side of a rounding
     assert (native - reference).norm() / exact.norm() < away / 5
+
+
+def test_fp8_is_near_to_floats_and_not_for_cpus(tmp_path: Path) -> None:
+    build("qwen2-sliding", tmp_path)
+    exact, eight, found = (
+        logits(tmp_path, "reference", kept) for kept in (torch.float32, torch.int8, torch.float8_e4m3fn)
+    )
+    # numbers that have four bits where the largest of int8 have seven
+    assert 1 < (found - exact).norm() / (eight - exact).norm() < 6
+    with pytest.raises(InvalidSpec, match="fp8 keys and values are kept on GPUs alone"):
+        Engine.load(tiny_spec(dtype="bfloat16", kv_dtype="fp8"))
+
+
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+def test_blocks_are_copied_in_every_format(kv_dtype: str) -> None:
+    profile = read_profile(Path(tiny_spec().model_dir))
+    kv = KVCache.allocate(profile, 5, 16, KV_DTYPES[kv_dtype], CPU)
+    assert kv.bytes == 5 * kv_block_bytes(profile, kv_dtype, 16)
+    octets = [tensor.view(torch.uint8) for tensor in kv.tensors]
+    for tensor in octets:
+        tensor.copy_(torch.randint(0, 256, tensor.shape))
+    before = [tensor.clone() for tensor in octets]
+    kv.copy_blocks([(1, 3), (4, 0)])
+    for tensor, old in zip(octets, before, strict=True):
+        assert torch.equal(tensor, old[:, [4, 1, 2, 1, 4]])
 
 
 def test_an_engine_attests_shares_and_copies_blocks_in_8_bits() -> None:

@@ -17,6 +17,7 @@ import functools
 import itertools
 import random
 from collections.abc import Sequence
+from functools import partial
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ from quire_kernels import BackendUnavailable, HeadNorms, KernelError, PagedBatch
 from quire_kernels.cpu import CpuKernels, build
 from quire_kernels.quantized import quantize_int4, quantize_int8
 from quire_kernels.reference import ReferenceKernels
-from quire_kernels.reference.bytes import rounded_rows
+from quire_kernels.reference.bytes import E4M3, LARGEST, from_bytes, rounded_rows, to_bytes
 
 Backend = ReferenceKernels | CpuKernels
 
@@ -100,8 +101,8 @@ def dense(
 
 def poisoned(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """A cache of NaN; in 8 bits the bytes of a scale that is NaN, and of float numbers that are none."""
-    if dtype == torch.int8:
-        return torch.full(shape, -1, dtype=dtype)
+    if dtype in LARGEST:
+        return torch.full(shape, -1, dtype=torch.int8).view(dtype)
     return torch.full(shape, torch.nan, dtype=dtype)
 
 
@@ -131,8 +132,8 @@ class Case:
             tables.append(numbers[at : at + need])
             at += need
         self.cache_dtype = cache_dtype or dtype
-        self.cache_shape = (2, len(numbers), block_size, kv_heads, head + 4 * (cache_dtype == torch.int8))
-        stored = dtype if cache_dtype == torch.int8 else self.cache_dtype
+        self.cache_shape = (2, len(numbers), block_size, kv_heads, head + 4 * (cache_dtype in LARGEST))
+        stored = dtype if cache_dtype in LARGEST else self.cache_dtype
         self.query = torch.randn(sum(count for _, count in sequences), heads, head).to(dtype)
         self.keys, self.values = (
             [torch.randn(start + count, kv_heads, head).to(stored) for start, count in sequences] for _ in range(2)
@@ -162,13 +163,14 @@ class Case:
         cache = poisoned(self.cache_shape, self.cache_dtype)
         for keys, values, slots in zip(self.keys, self.values, self.slots, strict=True):
             keep(kernels, keys, values, cache, slots)
-        seen = rounded_rows if self.cache_dtype == torch.int8 else torch.Tensor.double
+        asked = rounded_rows if self.cache_dtype == torch.int8 else torch.Tensor.double
+        seen = asked if self.cache_dtype not in LARGEST else partial(rounded_rows, kept=self.cache_dtype)
         attention = kernels.paged_attention(self.batch, window=window, softcap=softcap)
         found = attention(self.query, cache, self.scale, sinks)
         assert found.dtype == self.query.dtype
         row = 0
         for (start, count), keys, values in zip(self.sequences, self.keys, self.values, strict=True):
-            query = seen(self.query[row : row + count])
+            query = asked(self.query[row : row + count])
             expected = dense(query, seen(keys), seen(values), start, self.scale, window, softcap, sinks)
             close(found[row : row + count], expected)
             row += count
@@ -270,6 +272,36 @@ def test_what_8_bits_keep_of_keys_and_values(kernels: Backend) -> None:
     found = kernels.paged_attention(batch, window=None)(torch.randn(4, 2, 16), cache, 0.25)
     torch.testing.assert_close(found, rounded_rows(values), atol=0, rtol=1e-6)
     assert ((found - values).abs() <= values.abs().amax(-1, keepdim=True) / 253).all()
+
+
+def test_a_cache_in_fp8_is_read_as_it_was_rounded() -> None:
+    """By the reference, which alone has it on a CPU."""
+    case = Case([(300, 1), (0, 40), (255, 3), (17, 1)], heads=6, dtype=torch.bfloat16, cache_dtype=E4M3)
+    case.check(ReferenceKernels())
+    case.check(ReferenceKernels(), window=100)
+
+
+def test_what_fp8_keeps_of_a_head() -> None:
+    every = torch.arange(256, dtype=torch.uint8)
+    numbers = every[every & 127 != 127].view(E4M3).float()  # all there are but NaN
+    heads = numbers * torch.tensor([2.0**-30, 1.0, 2.0**50])[:, None]
+    assert torch.equal(from_bytes(to_bytes(heads, E4M3)), heads)
+    torch.manual_seed(0)
+    x = torch.randn(50, 64) * 10.0 ** torch.randint(-20, 20, (50, 1))
+    most = x.abs().amax(-1, keepdim=True)
+    kept = to_bytes(x, E4M3)
+    read = from_bytes(kept)
+    assert kept[..., :-4].float().isfinite().all()
+    assert ((read - x).abs() <= torch.maximum(x.abs() / 16, most / (448 * 1024)) * (1 + 1e-6)).all()
+    torch.testing.assert_close(read.abs().amax(-1, keepdim=True), most, rtol=1e-6, atol=0)
+    # torch rounds as the format says: what lies beyond its largest number is that number
+    codes = (x.double() * (448 / most.double())).clamp(-448, 448).to(E4M3).float()
+    assert ((codes - kept[..., :-4].float()) != 0).float().mean() < 1e-3
+    x[0, 5], x[1, 5], x[2] = torch.nan, -torch.inf, 0.0
+    read = from_bytes(to_bytes(x, E4M3))
+    assert read[:2].isnan().all()
+    assert torch.equal(read[2], torch.zeros(64))
+    assert read[3:].isfinite().all()
 
 
 @pytest.mark.parametrize("gather_bytes", [1, 70_000, 200_000])

@@ -8,6 +8,7 @@ Prints one line for each failure; the exit status is 1 if there was one.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -21,6 +22,7 @@ from triton.runtime.jit import KernelInterface
 
 from quire_kernels import HeadNorms
 from quire_kernels.paging import PagedBatch
+from quire_kernels.reference.bytes import E4M3, LARGEST
 from quire_kernels.triton import (
     experts,
     gate,
@@ -50,7 +52,7 @@ def new(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
 def place_heads(num_heads: int, kv_heads: int, head: int, normed: bool, kept: torch.dtype = BF16) -> None:
     norms = HeadNorms(new(head), new(head), 1e-6) if normed else None
     angles = new(3, 1, head, dtype=F32)
-    held = head + 4 if kept == torch.int8 else head
+    held = head + 4 if kept in LARGEST else head
     cache, slots = new(2, 9, 16, kv_heads, held, dtype=kept), new(3, dtype=torch.int64)
     heads.place_heads(new(3, num_heads + 2 * kv_heads, head), num_heads, norms, angles, angles, cache, slots)
 
@@ -140,7 +142,7 @@ def attend(
         logits=[1] * len(counts),
         block_size=16,
     )
-    held = head + 4 if kept == torch.int8 else head
+    held = head + 4 if kept in LARGEST else head
     cache, query = new(2, blocks, 16, kv_heads, held, dtype=kept), new(sum(counts), kv_heads * group, head)
     of_heads = new(kv_heads * group, dtype=F32) if sinks else None
     StepAttention(batch, window, chip, COUNTED, softcap)(query, cache, 1.0, of_heads)
@@ -163,6 +165,7 @@ LAUNCHES: list[Callable[[], Any]] = [
     lambda: place_heads(32, 8, 128, normed=False),
     lambda: place_heads(16, 8, 128, normed=True),
     lambda: place_heads(16, 8, 128, normed=True, kept=torch.int8),
+    lambda: place_heads(16, 8, 128, normed=True, kept=E4M3),
     lambda: gate.silu_mul(new(3, 2 * 14336), PLAIN),
     lambda: rotation.turns(new(3, dtype=torch.int64), new(64, dtype=F32), 1.0),
     lambda: tokens.largest(new(3, 151936, dtype=F32)),
@@ -181,6 +184,8 @@ LAUNCHES: list[Callable[[], Any]] = [
     lambda: attend([1, 40], 99, 8, 4, 128, A100, None),
     lambda: attend([1, 40], 99, 8, 4, 128, H200, None, torch.int8),
     lambda: attend([1] * 64, 999, 8, 4, 128, H200, None, torch.int8),
+    lambda: attend([1, 40], 99, 8, 4, 128, A100, None, E4M3),
+    lambda: in_words(partial(attend, [1] * 64, 999, 8, 4, 128, H200, None, E4M3)),
     lambda: attend([1, 40], 99, 8, 2, 256, H200, None, softcap=50.0),  # Gemma 2
     lambda: attend([1, 40], 99, 8, 8, 64, H200, 128, sinks=True),  # gpt-oss
     lambda: prepare(1),
@@ -217,6 +222,12 @@ MORE: list[Callable[[], Any]] = [
         for window in (None, 100)
     ),
     *(
+        partial(attend, counts, 999, *heads, H200, window, E4M3)
+        for counts in ([1], [1, 40])
+        for heads in ((2, 7, 64), (1, 8, 256), (3, 1, 80))
+        for window in (None, 100)
+    ),
+    *(
         partial(attend, counts, 999, *heads, chip, window, kept, *bent)
         for counts in ([1], [1, 40])
         for heads, window, *bent in (
@@ -225,7 +236,7 @@ MORE: list[Callable[[], Any]] = [
             ((8, 8, 64), None, None, True),
             ((2, 7, 80), 100, 50.0, True),
         )
-        for chip, kept in ((H200, BF16), (A100, torch.int8))
+        for chip, kept in ((H200, BF16), (A100, torch.int8), (H200, E4M3))
     ),
     partial(prepare, 3),
     *(partial(through_experts, tokens, 128, 8, 2048, 768) for tokens in (1, 256, 2048)),
@@ -257,8 +268,23 @@ class Nowhere:
         return GPUTarget("cuda", self._capability, 32)
 
 
+PTX: list[str] = []
+"""Of the kernels compiled so far."""
+
+
 def compile_only(kernel: Any, grid: Any) -> Callable[..., Any]:
-    return lambda *args, **options: kernel.run(*args, grid=grid, warmup=True, **options)
+    def launch(*args: Any, **options: Any) -> None:
+        PTX.append(kernel.run(*args, grid=grid, warmup=True, **options).asm["ptx"])
+
+    return launch
+
+
+def in_words(start: Callable[[], Any]) -> None:
+    """Raises if a kernel of this launch reads bytes from shared memory."""
+    before = len(PTX)
+    start()
+    if len(PTX) == before or any(re.search(r"ld\.shared\S*\.[bsu]8\b", ptx) for ptx in PTX[before:]):
+        raise RuntimeError("values go byte by byte")
 
 
 def main() -> int:

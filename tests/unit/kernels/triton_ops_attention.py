@@ -14,13 +14,16 @@ from typing import Any
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from quire_kernels.paging import PagedBatch
 from quire_kernels.reference import ReferenceKernels
 from quire_kernels.reference.attention import StepAttention as Reference
-from quire_kernels.reference.bytes import SCALE_BYTES, to_bytes
+from quire_kernels.reference.bytes import E4M3, SCALE_BYTES, to_bytes
 from quire_kernels.triton import INTERPRETED, TritonKernels
 from quire_kernels.triton.attention import COUNTERS, Chip, StepAttention, num_splits
+from quire_kernels.triton.bytes import TO_BFLOAT16, TO_FLOAT16, e4m3_of, halves_of
 from quire_kernels.triton.step import LAST, MixedBuffers, StepBuffers, prepare, prepare_mixed
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -50,8 +53,10 @@ BENT: dict[str, tuple[float | None, list[float] | None]] = {
     "sinks": (None, SINKS),
     "both": (2.0, SINKS),
 }
-BENT_IN_CI = [("decode", "both", False), ("blocks of one", "both", False)]
+BENT_IN_CI = [("decode", "both", None), ("blocks of one", "both", None)]
 LONG = ("decode in few splits", "more blocks than programs", "no sharing")
+LONG_IN_FP8 = (*LONG, "decode", "one long", "window")
+"""Where one case in CI tells of both formats."""
 
 
 def in_ci(names: Iterable[str]) -> list[Any]:
@@ -101,16 +106,16 @@ def test_attention(name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("name", "bent", "bytes_"),
+    ("name", "bent", "kept"),
     [
-        pytest.param(name, bent, bytes_, marks=() if (name, bent, bytes_) in BENT_IN_CI else pytest.mark.nightly)
+        pytest.param(name, bent, kept, marks=() if (name, bent, kept) in BENT_IN_CI else pytest.mark.nightly)
         for name in ("decode", "decode in few splits", "window", "mixed", "blocks of one")
         for bent in BENT
-        for bytes_ in (False, True)
-        if not (bytes_ and name == "blocks of one")
+        for kept in (None, torch.int8, E4M3)
+        if not (kept and name == "blocks of one")
     ],
 )
-def test_soft_caps_and_sinks(name: str, bent: str, bytes_: bool, dtype: torch.dtype) -> None:
+def test_soft_caps_and_sinks(name: str, bent: str, kept: torch.dtype | None, dtype: torch.dtype) -> None:
     lengths, heads, kv_heads, dim, block_size, window = STEPS[name]
     if INTERPRETED and dtype != torch.float32 and name != "mixed":
         pytest.skip("the interpreter takes its time, and one case shows the rounding")
@@ -118,12 +123,12 @@ def test_soft_caps_and_sinks(name: str, bent: str, bytes_: bool, dtype: torch.dt
     batch, blocks = batch_of(lengths, block_size)
     source = torch.Generator().manual_seed(1)
     cache = torch.randn((2, blocks, block_size, kv_heads, dim), generator=source)
-    cache = to_bytes(cache).to(DEVICE) if bytes_ else cache.to(DEVICE, dtype)
+    cache = to_bytes(cache, kept).to(DEVICE) if kept else cache.to(DEVICE, dtype)
     query = torch.randn((batch.num_tokens, heads, dim), generator=source).to(DEVICE, dtype)
     rest = dim**-0.5, None if sinks is None else torch.tensor(sinks[:heads], device=DEVICE)
-    wide = cache if bytes_ else cache.float()
+    wide = cache if kept else cache.float()
     expected = Reference(batch, window, 1 << 26, softcap)(query.float(), wide, *rest)
-    own = in_own_order(cache) if bytes_ else cache.transpose(2, 3).contiguous().view(cache.shape)
+    own = in_own_order(cache) if kept else cache.transpose(2, 3).contiguous().view(cache.shape)
     found = StepAttention(batch, window, CHIP, COUNTED, softcap)(query, own, *rest)
     assert found.dtype == dtype
     # by head: what a sink leaves of one is much smaller than the others
@@ -144,21 +149,115 @@ def test_a_soft_cap_is_as_near_to_small_scores_as_to_large_ones(dtype: torch.dty
 
 
 def in_own_order(cache: torch.Tensor) -> torch.Tensor:
-    """A cache in 8 bits of the reference, [2, N, P, K, D + 4], as Triton has it: codes by head, then scales."""
-    codes, scales = cache[..., :-SCALE_BYTES], cache[..., -SCALE_BYTES:]
+    """A cache in 8 bits of the reference, [2, N, P, K, D + 4], as Triton has it: codes by head, then scales. In
+    e4m3 the halves of a head share words."""
+    octets = cache.view(torch.uint8)
+    codes, scales = octets[..., :-SCALE_BYTES], octets[..., -SCALE_BYTES:]
+    if cache.dtype == E4M3:
+        codes = torch.stack(codes.chunk(2, -1), -1).flatten(-2)
     parts = [part.transpose(2, 3).flatten(2) for part in (codes, scales)]
-    return torch.cat(parts, -1).view(cache.shape).contiguous()
+    return torch.cat(parts, -1).view(cache.shape).contiguous().view(cache.dtype)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _convert(to, words, codes, x, NUMBER: tl.constexpr, COUNT: tl.constexpr):  # type: ignore[no-untyped-def]
+    at = tl.arange(0, COUNT)
+    low, high = halves_of(tl.load(words + at), NUMBER)
+    tl.store(to + at, low)
+    tl.store(to + COUNT + at, high)
+    tl.store(codes + at, e4m3_of(tl.load(x + at)).to(tl.uint8))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", in_ci(["decode", "one long", "mixed", "window", "no sharing"]))
-def test_attention_over_keys_and_values_in_8_bits(name: str, dtype: torch.dtype) -> None:
+def test_e4m3_is_read_and_rounded_to_bit_by_bit(dtype: torch.dtype) -> None:
+    """Each of the numbers there are, NaN apart, in either byte; and what lies between, and on, and beyond them."""
+    octets = torch.arange(256, dtype=torch.uint8)
+    octets[octets & 127 == 127] = 0
+    words = torch.stack((octets, octets.roll(77)), -1).to(DEVICE)
+    low, high = (words[:, at].contiguous().view(E4M3).to(dtype) for at in (0, 1))
+    numbers = octets.view(E4M3).float().sort().values
+    between = (numbers + numbers.roll(1)) / 2
+    source = torch.Generator().manual_seed(3)
+    x = torch.cat(
+        (numbers, between, torch.nextafter(between, numbers), 2000 * torch.rand(256, generator=source) - 1000)
+    )
+    x = torch.cat(
+        (x, x * 2.0**-12, torch.tensor([447.9999, 448.001, -464.0, 479.9, -0.0, 1e-30, -(2.0**-10), 2000.0]))
+    )
+    found = torch.empty((2, 256), dtype=dtype, device=DEVICE)
+    for piece in torch.split(x, 256):
+        given = torch.nn.functional.pad(piece, (0, 256 - len(piece))).to(DEVICE)
+        codes = torch.empty(256, dtype=torch.uint8, device=DEVICE)
+        number = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[dtype]
+        _convert[(1,)](found, words.view(torch.int16), codes, given, NUMBER=number, COUNT=256)
+        assert torch.equal(codes, given.clamp(-448, 448).to(E4M3).view(torch.uint8))
+    assert torch.equal(found[0], low)
+    assert torch.equal(found[1], high)
+
+
+def _by_hand(program: str, words: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """What a few instructions of PTX leave in each register, for `words` int32 in $2."""
+    held = {"$2": words}
+
+    def of(name: str) -> torch.Tensor:
+        if name.isdigit() or name.startswith("0x"):
+            return torch.tensor([int(name, 0)]).to(torch.int32)
+        return held[name]
+
+    for line in program.strip("{} \n").splitlines():
+        name, to, *given = line.replace(",", "").rstrip(";").split()
+        if name == ".reg":
+            continue
+        x, *more = (of(each) for each in given)
+        match name:
+            case "mov.b32":
+                held[to] = x
+            case "and.b32":
+                held[to] = x & more[0]
+            case "or.b32":
+                held[to] = x | more[0]
+            case "shl.b32":
+                held[to] = (x.long() << more[0]).to(torch.int32)
+            case "shr.b32":
+                held[to] = ((x.long() & 0xFFFFFFFF) >> more[0]).to(torch.int32)
+            case "mul.f16x2" | "fma.rn.bf16x2":
+                product, *rest = (each.view(dtype).view(-1, 2) for each in (x, *more))
+                product = product * rest[0]
+                held[to] = (product + rest[1] if len(rest) == 2 else product).view(torch.int32).flatten()
+            case _:
+                raise ValueError(line)
+    return held
+
+
+@pytest.mark.parametrize(("program", "dtype"), [(TO_BFLOAT16, torch.bfloat16), (TO_FLOAT16, torch.float16)])
+def test_the_instructions_that_unpack_e4m3_by_hand(program: Any, dtype: torch.dtype) -> None:
+    """The interpreter has no assembly: so that what GPUs run is not seen there alone."""
+    octets = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16).view(torch.uint8)
+    octets[octets & 127 == 127] = 0
+    found = _by_hand(program.value, octets.view(torch.int32), dtype)
+    for name, side in (("$0", 0), ("$1", 1)):
+        expected = octets.view(-1, 2)[:, side].contiguous().view(E4M3).to(dtype)
+        assert torch.equal(found[name].view(torch.int16), expected.view(torch.int16)), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("name", "kept"),
+    [
+        pytest.param(
+            name, kept, marks=pytest.mark.nightly if name in (LONG_IN_FP8 if kept == E4M3 else LONG) else ()
+        )
+        for kept in (torch.int8, E4M3)
+        for name in ("decode", "one long", "mixed", "window", "no sharing")
+    ],
+)
+def test_attention_over_keys_and_values_in_8_bits(name: str, dtype: torch.dtype, kept: torch.dtype) -> None:
     lengths, heads, kv_heads, dim, block_size, window = STEPS[name]
     if INTERPRETED and dtype != torch.float32 and name != "mixed":
         pytest.skip("the interpreter takes its time, and one case shows the rounding")
     batch, blocks = batch_of(lengths, block_size)
     source = torch.Generator().manual_seed(1)
-    cache = to_bytes(3 * torch.randn((2, blocks, block_size, kv_heads, dim), generator=source)).to(DEVICE)
+    cache = to_bytes(3 * torch.randn((2, blocks, block_size, kv_heads, dim), generator=source), kept).to(DEVICE)
     query = torch.randn((batch.num_tokens, heads, dim), generator=source).to(DEVICE, dtype)
     expected = Reference(batch, window, 1 << 26)(query.float(), cache, dim**-0.5)
     found = StepAttention(batch, window, CHIP, COUNTED)(query, in_own_order(cache), dim**-0.5)
@@ -166,9 +265,12 @@ def test_attention_over_keys_and_values_in_8_bits(name: str, dtype: torch.dtype)
     assert (found.float() - expected).norm() / expected.norm() < CLOSE[dtype]
 
 
+@pytest.mark.parametrize("kept", [torch.int8, pytest.param(E4M3, marks=pytest.mark.nightly)])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [0.01, 30.0])
-def test_many_small_weights_on_values_in_8_bits_are_not_lost(size: float, dtype: torch.dtype) -> None:
+def test_many_small_weights_on_values_in_8_bits_are_not_lost(
+    size: float, dtype: torch.dtype, kept: torch.dtype
+) -> None:
     """One key has most of the weight, and the others, which have 1e-4 each, a value of their own."""
     batch, blocks = batch_of([(1000, 1)], 16)
     key, value = torch.zeros((2, blocks, 16, 1, 32))
@@ -179,7 +281,7 @@ def test_many_small_weights_on_values_in_8_bits_are_not_lost(size: float, dtype:
     value[first, 0, 0, 16:] = size
     query = torch.zeros((1, 1, 32), device=DEVICE, dtype=dtype)
     query[..., 0] = 9.2
-    cache = to_bytes(torch.stack((key, value))).to(DEVICE)
+    cache = to_bytes(torch.stack((key, value)), kept).to(DEVICE)
     expected = Reference(batch, None, 1 << 26)(query.float(), cache, 1.0)
     found = StepAttention(batch, None, CHIP, COUNTED)(query, in_own_order(cache), 1.0)
     for half in (
@@ -190,20 +292,30 @@ def test_many_small_weights_on_values_in_8_bits_are_not_lost(size: float, dtype:
         assert off < 2 * CLOSE[dtype]
 
 
+def _ordered(octets: torch.Tensor, kept: torch.dtype) -> torch.Tensor:
+    """Codes as whole numbers in the order of what they stand for: those of e4m3 are a sign and a size."""
+    codes = octets.int()
+    return torch.where(codes < 0, -(codes & 127), codes) if kept == E4M3 else codes
+
+
+@pytest.mark.parametrize("kept", [torch.int8, E4M3])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_heads_are_placed_in_8_bits(dtype: torch.dtype) -> None:
+def test_heads_are_placed_in_8_bits(dtype: torch.dtype, kept: torch.dtype) -> None:
     source = torch.Generator().manual_seed(2)
     qkv = torch.randn((5, 4 + 2 * 2, 80), generator=source).to(DEVICE, dtype)
     qkv[1, 4] = 0.0
     qkv[2, 6, 3] = torch.inf  # of a value
     angles = torch.randn((5, 1, 40), generator=source).to(DEVICE)
     cos, sin = (torch.cat(pair, -1) for pair in ((angles.cos(),) * 2, (-angles.sin(), angles.sin())))
-    found, expected = (torch.full((2, 3, 4, 2, 84), 7, dtype=torch.int8, device=DEVICE) for _ in range(2))
+    found, expected = (
+        torch.full((2, 3, 4, 2, 84), 7, dtype=torch.int8, device=DEVICE).view(kept) for _ in range(2)
+    )
     slots = torch.tensor([3, 8, 5, 11, 0], device=DEVICE)
     kernels.place_heads(qkv, 4, None, cos, sin, found, slots)
     ReferenceKernels().place_heads(qkv, 4, None, cos, sin, expected, slots)
-    expected = in_own_order(expected)
-    far = (found.int() - expected.int()).abs().view(2, 3, -1)
+    found, expected = found.view(torch.int8), in_own_order(expected).view(torch.int8)
+    ours, theirs = (_ordered(x, kept) for x in (found, expected))
+    far = (ours - theirs).abs().view(2, 3, -1)
     # sums of two products are taken in another order: a number between two codes may become either
     assert far[..., : 4 * 2 * 80].max() <= 1
     assert (far[..., : 4 * 2 * 80] > 0).float().mean() < (0.01 if dtype == torch.float32 else 0.05)

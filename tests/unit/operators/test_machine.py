@@ -330,9 +330,15 @@ def test_keys_and_values_in_8_bits_are_placed_or_refused_at_their_field() -> Non
     engine = found.engine_spec("m", "m-r1-0", 1, "/s", spec(engine=eight), "hot", adoption_window=90.0)
     assert msgspec.json.decode(msgspec.json.encode(engine), type=EngineSpec).kv_dtype == "int8"
     with_gpu = replace(CPU, gpus=(Gpu(0, "g", 80 * GIB, 80 * GIB),))
-    on_gpu = placed(with_gpu, engine=eight)
-    assert (on_gpu.device, on_gpu.kv_dtype, on_gpu.num_blocks) == ("cuda", "int8", found.num_blocks)
-    assert "head size 18 is no multiple of 4" in kv_misfit(profile_from_config(TINY | {"head_dim": 18}), "int8")
+    for dtype in ("int8", "fp8"):
+        on_gpu = placed(with_gpu, engine={"kvCache": {"dtype": dtype, "size": "4Mi"}})
+        assert (on_gpu.device, on_gpu.kv_dtype, on_gpu.num_blocks) == ("cuda", dtype, found.num_blocks)
+        odd = profile_from_config(TINY | {"head_dim": 18})
+        assert "head size 18 is no multiple of 4" in kv_misfit(odd, dtype, "cuda")
+    with pytest.raises(NoSuchNumbers, match="on GPUs alone, and this model runs on a CPU") as refused:
+        placed(CPU, engine={"kvCache": {"dtype": "fp8"}})
+    assert (refused.value.path, refused.value.reason) == ("spec.engine.kvCache.dtype", "ConfigRejected")
+    assert "int8" in refused.value.hint
 
 
 def test_experts_run_on_a_gpu_unless_they_are_quantized() -> None:

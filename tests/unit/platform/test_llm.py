@@ -375,6 +375,7 @@ def test_what_a_model_cannot_honour_is_refused_and_nothing_is_left(llm: LLM) -> 
     [
         ({"dtype": "float33"}, "dtype must be one of auto, float32"),
         ({"kv_dtype": "int3"}, "kv_dtype must be one of auto, float32"),
+        ({"kv_dtype": "fp8", "device": "cpu"}, 'kv_dtype is "fp8": fp8 keys and values are kept on GPUs alone'),
         ({"device": "tpu"}, "device must be one of auto, cpu, cuda, not 'tpu'"),
         ({"quantization": "fp8"}, "quantization must be one of int8, int4, not 'fp8'"),
         ({"group_size": 32}, 'group_size is 32, and only quantization="int4" has groups'),

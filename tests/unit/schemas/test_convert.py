@@ -35,6 +35,7 @@ def converted(flags: str) -> tuple[dict[str, Any], list[str]]:
             {"batching": {"maxNumSeqs": 64, "maxNumBatchedTokens": 8192}},
         ),
         ("--kv-cache-dtype int8 --seed 7", {"engine": {"kvCache": {"dtype": "int8"}, "seed": 7}}),
+        ("--kv-cache-dtype fp8_e4m3", {"engine": {"kvCache": {"dtype": "fp8"}}}),
         ("--revision 1234567", {"revision": "1234567"}),
         ("--tokenizer /tok -q int8", {"tokenizer": {"source": "file:///tok"}, "quantization": {"method": "int8"}}),
         ("--scheduling-policy priority", {"batching": {"policy": "priority"}}),

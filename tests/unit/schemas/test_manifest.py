@@ -317,7 +317,7 @@ def test_only_a_hub_needs_a_token() -> None:
     "body",
     [
         "trustRemoteCode: true",
-        "engine: {kvCache: {dtype: fp8}}",
+        "engine: {device: cpu, kvCache: {dtype: fp8}}",
         "engine: {kvCache: {swapSpace: 8Gi}}",
         "engine: {extraArgs: [--fast]}",
         "parallelism: {tensor: 2}",
@@ -372,6 +372,7 @@ def test_what_is_not_honoured_is_refused_by_name(body: str) -> None:
         "residency: onDemand\nreplicas: 2",
         "determinism: batchInvariant",
         "determinism: batchInvariant\nengine: {device: cpu, kvCache: {dtype: int8}}",
+        "engine: {device: cuda, kvCache: {dtype: fp8}}",
     ],
 )
 def test_declaring_what_happens_anyway_is_fine(body: str) -> None:
