@@ -125,6 +125,15 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
+EIGHT_B = {
+    "8b-int8": Quantization("int8"),
+    "8b-int8-fp8-kv": Quantization("int8"),
+    "8b-int4": Quantization("int4", "bf16", 128),
+    "8b-fp8": Quantization("fp8", "fp8"),
+}
+"""Parts that measure an 8B with weights in fewer bits."""
+
+
 class RandomWeights:
     """A `TensorSource` of normal numbers (standard deviation 0.02, norms 1), made on the device."""
 
@@ -140,8 +149,14 @@ class RandomWeights:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._shapes[name]
 
-    def rows(self, name: str) -> Iterator[Tensor]:
+    def rows(self, name: str, whole: int = 1) -> Iterator[Tensor]:
         yield self.tensor(name)
+
+    def is_coded(self, name: str) -> bool:
+        return False
+
+    def stays(self, name: str) -> bool:
+        return False
 
     def stack(self, names: Sequence[str]) -> Tensor:
         shapes = [self._shapes[name] for name in names]
@@ -274,7 +289,8 @@ class Bench:
         width = profile.hidden_size
         self.number_bytes = 2 if quantization is None else quantized_bytes(quantization, 1, width) / width
         # for each number, of a bf16 product; of 8-bit numbers a card does twice as many
-        self.operations = 1 if quantization is not None and quantization.activations == "int8" else 2
+        rounded = quantization is not None and quantization.activations in ("int8", "fp8")
+        self.operations = 1 if rounded else 2
         self.engine = Engine.assemble(spec, profile, model, cache)
         if not isinstance(self.engine.runner, ResidentRunner):
             raise TypeError("the engine did not choose the resident runner")
@@ -875,8 +891,8 @@ def _rows(part: str, card: Card, options: argparse.Namespace) -> Iterator[dict[s
         yield prefill(bench, card, 2048)
         yield memory(bench)
         bench.close()
-    elif part in ("8b-int8", "8b-int4", "8b-int8-fp8-kv"):
-        weights = Quantization("int4", "bf16", 128) if part == "8b-int4" else Quantization("int8")
+    elif part in EIGHT_B:
+        weights = EIGHT_B[part]
         bench = Bench(
             "llama-3.1-8b",
             seqs=1000,

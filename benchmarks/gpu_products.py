@@ -23,10 +23,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from triton.runtime.jit import KernelInterface
 
-from quire_kernels.triton import quantized
+from quire_kernels import Fp8Weight
+from quire_kernels.quantized import FP8_BLOCK
+from quire_kernels.triton import quantized, scaled
 from quire_kernels.triton.attention import Chip
 from quire_kernels.triton.quantized import Line, Packed, Room, Tiling, TritonQuantizedProduct
-from quire_kernels.triton.rounding import Rounding, round_rows
+from quire_kernels.triton.rounding import FLOATS, Rounding, round_rows
+from quire_kernels.triton.scaled import TritonScaledProduct
 
 BF16 = torch.bfloat16
 SHAPES = {
@@ -49,6 +52,8 @@ class Kind:
     name: str
     group_size: int
     rounds: bool
+    scaled: bool = False
+    """In fp8."""
 
 
 KINDS = (
@@ -56,16 +61,28 @@ KINDS = (
     Kind("int8 weights", 0, False),
     Kind("int4 g128", 128, False),
     Kind("int4 g32", 32, False),
+    Kind("fp8", 0, True, scaled=True),
+    Kind("fp8 weights", 0, False, scaled=True),
 )
 
 
 def tilings(kind: Kind, rows: int) -> list[Tiling | Line]:
     """Those worth trying."""
+    if kind.scaled:
+        return list(_scaled(rows))
     columns = rows if kind.rounds else 2 * rows
     if columns == 1:
         words = ((1, 512), (1, 1024), (2, 256), (2, 512), (2, 1024), (4, 256), (4, 512), (8, 128), (8, 256))
         return [Line(n, w, warps, stages) for n, w in words for warps in (2, 4) for stages in (1, 3)]
     return list(_tensor_cores(kind, columns))
+
+
+def _scaled(rows: int) -> Iterator[Tiling]:
+    narrow = (16,) if rows <= 16 else (32,) if rows <= 32 else (64,) if rows <= 64 else (64, 128)
+    for block_n, block_m, warps, stages in product((32, 64, 128), narrow, (4, 8), (3, 4, 6)):
+        if block_n * block_m <= 128 * warps * 32 and block_n * 4 >= 64 * warps // 2:
+            for splits in (1, 2, 4, 8) if rows <= 32 else (1, 2, 4) if rows < 1024 else (1,):
+                yield Tiling(block_n, block_m, FP8_BLOCK, splits, warps, stages)
 
 
 def _tensor_cores(kind: Kind, columns: int) -> Iterator[Tiling]:
@@ -100,7 +117,7 @@ def _compile(task: tuple[Kind, tuple[int, int], int, Tiling | Line | None]) -> s
     try:
         mine, x = _product(_weight(kind, shape, "cpu"), kind), torch.empty(rows, shape[1], dtype=BF16)
         if tiling is None and _choice(kind, shape, rows) is None:
-            quantized.unpack(mine.weight, x, 0)
+            mine._unpack(x, 0)
         else:
             _launch(mine, x, tiling)
     except Exception as error:  # noqa: BLE001 - a tiling that does not fit is only left out
@@ -129,6 +146,8 @@ def _choice(kind: Kind, shape: tuple[int, int], rows: int) -> Tiling | Line | No
     mine = _product(_weight(kind, shape, "meta"), kind)
     if mine.unpacks(rows):
         return None
+    if isinstance(mine, TritonScaledProduct):
+        return scaled.tiling_for(rows, *shape, mine.multiprocessors, rounded=kind.rounds)
     columns = rows if kind.rounds else 2 * rows
     return (
         quantized.line_for(*shape)
@@ -140,10 +159,16 @@ def _choice(kind: Kind, shape: tuple[int, int], rows: int) -> Tiling | Line | No
 # ── measuring ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _weight(kind: Kind, shape: tuple[int, int], device: str) -> Packed:
+def _weight(kind: Kind, shape: tuple[int, int], device: str) -> Packed | Fp8Weight:
     outputs, width = shape
     size = kind.group_size
     made = partial(torch.empty, device=device)
+    if kind.scaled:
+        coded = Fp8Weight.empty(outputs, width, FP8_BLOCK, device)
+        if device == "cuda":
+            coded.values.random_(0, 126)
+            coded.scales.fill_(0.01)
+        return coded
     if size:
         half = quantized.half_unit(size, width)
         values = made((width // (2 * half), outputs, half), dtype=torch.uint8)
@@ -156,16 +181,21 @@ def _weight(kind: Kind, shape: tuple[int, int], device: str) -> Packed:
     return Packed(values, scales, size, outputs, width)
 
 
-def _product(weight: Packed, kind: Kind) -> TritonQuantizedProduct:
-    room = Room(weight.values.device)
-    return TritonQuantizedProduct(
-        weight, None, kind.rounds, BF16, room, Rounding(), Chip.current().multiprocessors
-    )
+def _product(weight: Packed | Fp8Weight, kind: Kind) -> TritonQuantizedProduct | TritonScaledProduct:
+    room, chip = Room(weight.values.device), Chip.current().multiprocessors
+    if isinstance(weight, Fp8Weight):
+        return TritonScaledProduct(weight, None, kind.rounds, BF16, room, Rounding(), chip)
+    return TritonQuantizedProduct(weight, None, kind.rounds, BF16, room, Rounding(), chip)
 
 
-def _launch(mine: TritonQuantizedProduct, x: Tensor, tiling: Tiling | Line | None) -> Tensor:
+def _launch(mine: TritonQuantizedProduct | TritonScaledProduct, x: Tensor, tiling: Tiling | Line | None) -> Tensor:
     if tiling is None:
         return mine(x)
+    if isinstance(mine, TritonScaledProduct):
+        given = round_rows(x, FLOATS) if mine.rounds else x
+        if not isinstance(tiling, Tiling):
+            raise TypeError("no product in fp8 is cut into lines")
+        return scaled.multiply(given, mine.weight, None, BF16, tiling, mine.room, by_chip=scaled.native())
     codes, scales = round_rows(x, 1 if mine.rounds else 2)
     if isinstance(tiling, Line):
         return quantized.multiply_row(codes, scales, mine.weight, None, BF16, tiling)
@@ -213,7 +243,7 @@ def product_rows(
                 worth = [
                     tiling
                     for tiling in tried[kind, rows]
-                    if _fills(tiling, rows if kind.rounds else 2 * rows, shape[0])
+                    if _fills(tiling, rows if kind.rounds or kind.scaled else 2 * rows, shape[0])
                 ]
                 for tiling in [None, *worth]:
                     turns = cycle(products)

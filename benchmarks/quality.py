@@ -54,6 +54,8 @@ ARITHMETIC = {
     "int8 keys and values": Arithmetic(kv_dtype="int8"),
     "none, reference": Arithmetic(by_reference=True),
     "fp8 keys and values": Arithmetic(kv_dtype="fp8", by_reference=True),
+    "fp8": Arithmetic(Quantization("fp8", "fp8"), by_reference=True),
+    "fp8, bf16 activations": Arithmetic(Quantization("fp8", "bf16"), by_reference=True),
 }
 BARS = {
     "int8": 0.005,
@@ -62,6 +64,7 @@ BARS = {
     "int4 g32, bf16 activations": 0.03,
     "int8 keys and values": 0.003,
     "fp8 keys and values": 0.003,
+    "fp8": 0.005,
 }
 """How much more bits per byte are good enough, for the built-in model and its text."""
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 
 from quire_engine.errors import InvalidSpec
-from quire_schemas.quantization import FLOATS, GROUP_SIZES
+from quire_schemas.quantization import FLOATS, GROUP_SIZES, device_misfit
 from quire_schemas.wire import EngineSpec, Limits, Policy, Quantization
 
 _LEAST = {"threads": 1, "max_model_len": 2, "block_size": 1, "num_blocks": 1, "memory_limit": 1}
@@ -93,9 +93,11 @@ def _check_quantization(spec: EngineSpec, quantization: Quantization) -> None:
         raise InvalidSpec(f"{quantization.method} weights have no groups of {quantization.group_size}")
     if spec.device != "cpu" and quantization.method == "int4" and quantization.activations == "int8":
         raise InvalidSpec(f"int4 weights meet int8 activations on a CPU alone; device is {spec.device}")
+    if problem := device_misfit(quantization.method, spec.device):
+        raise InvalidSpec(problem)
     if spec.runner == "scripted":
         raise InvalidSpec("a scripted engine has no weights to quantize")
-    if quantization.activations not in ("int8", FLOATS[spec.dtype]):
+    if quantization.activations not in ("fp8" if quantization.method == "fp8" else "int8", FLOATS[spec.dtype]):
         raise InvalidSpec(
             f"activations of quantized layers are {quantization.activations}, and dtype is {spec.dtype}"
         )

@@ -137,7 +137,8 @@ class Engine:
         profile = read_profile(Path(spec.model_dir))
         _check_length(spec, profile)
         if spec.quantization is not None and (
-            problem := misfit(profile, spec.quantization) or experts_misfit(profile, spec.device)
+            problem := misfit(profile, spec.quantization)
+            or experts_misfit(profile, spec.quantization.method, spec.device)
         ):
             raise InvalidSpec(problem)
         if problem := kv_misfit(profile, spec.kv_dtype, spec.device):

@@ -4,6 +4,9 @@ Bytes go from the file straight into the parameter when its number format is the
 memory; otherwise through one staging buffer. Nothing is mapped into memory: a file that is cut off while it is
 read ends in an error, not in a signal. Several tensors can be stacked into one parameter (queries, keys and
 values; gate and up), because one wide matrix product costs less than several narrow ones.
+
+What the file has in fp8 is widened in float32, code times scale of its block, and rounded once to what is asked
+for; or its codes and scales are handed out as they are, to who multiplies by them.
 """
 
 from __future__ import annotations
@@ -15,7 +18,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from quire_kernels.errors import KernelError
 from quire_kernels.memory import large_pages
+from quire_kernels.quantized import check_codes, check_scales, widened
+from quire_schemas import fp8
 from quire_schemas.checkpoint import ModelProfile, check_tensors, each_expert
 from quire_schemas.checkpoint_files import BadHeader, TensorInfo, WrongTensors, opened, read_tensors
 from quire_schemas.quantization import QUANTIZED_AT_A_TIME
@@ -58,6 +64,7 @@ class Weights:
         self._tensors = each_expert(profile, read_tensors(model_dir))
         self._total = sum(tensor.nbytes for tensor in check_tensors(profile, self._tensors))
         self._done = 0
+        self._in_fp8 = profile.fp8 is not None
         self.dtype = dtype
         self.device = device
         self._on_progress = on_progress
@@ -84,20 +91,62 @@ class Weights:
             at += info.shape[0]
         return result
 
-    def rows(self, name: str) -> Iterator[Tensor]:
-        """The rows of a matrix in the file's number format, in order, some of them at a time and on the host. What
-        is given out is written over when the next is asked for.
+    def is_coded(self, name: str) -> bool:
+        """Whether the file has a matrix in fp8."""
+        return self._tensors[name].dtype == fp8.CODES
+
+    def stays(self, name: str) -> bool:
+        """Whether a matrix is one that the checkpoint, which is in fp8, keeps in floats."""
+        return self._in_fp8 and not self.is_coded(name)
+
+    def rows(self, name: str, whole: int = 1) -> Iterator[Tensor]:
+        """The rows of a matrix in the file's number format, of fp8 in float32, in order, some of them at a time, a
+        multiple of `whole` unless they are the last, and on the host. What is given out is written over when the
+        next is asked for.
         """
         info = self._tensors[name]
+        if info.dtype != fp8.CODES:
+            for piece in self._rows(info, whole):
+                yield piece.view(_DTYPES[info.dtype]).view(-1, info.shape[1])
+            return
+        scales, at = self.scales(name), 0
+        for codes in self.codes(name):
+            _checked(check_codes, codes, info)
+            yield widened(codes, scales, first=at)
+            at += codes.shape[0]
+
+    def codes(self, name: str) -> Iterator[Tensor]:
+        """The rows of a matrix in fp8 as `rows` gives them, but their codes, uint8, any of which may be NaN."""
+        info = self._tensors[name]
+        for piece in self._rows(info):
+            yield piece.view(-1, info.shape[1])
+
+    def scales(self, name: str) -> Tensor:
+        """Of a matrix in fp8 the scales of its blocks, [⌈N / 128⌉, ⌈K / 128⌉] float32, on the host. Raises
+        `WrongTensors` for one that no weight has."""
+        info = self._tensors[name + fp8.SCALE]
+        staging = torch.empty(info.nbytes, dtype=torch.uint8)
+        for length in self._read(info, staging):
+            self._advance(length)
+        found = staging.view(_DTYPES[info.dtype]).view(info.shape).float()
+        _checked(check_scales, found, info)
+        return found
+
+    def _rows(self, info: TensorInfo, whole: int = 1) -> Iterator[Tensor]:
+        """Bytes of the rows of a matrix, some of them at a time."""
         count, width = info.shape
-        size = info.nbytes // count * min(count, max(1, QUANTIZED_AT_A_TIME // width))
+        rows = max(whole, QUANTIZED_AT_A_TIME // width // whole * whole)
+        size = info.nbytes // count * min(count, rows)
         staging = torch.empty(size, dtype=torch.uint8)
         for length in self._read(info, staging, size):
-            yield staging[:length].view(_DTYPES[info.dtype]).view(-1, width)
+            yield staging[:length]
             self._advance(length)
 
     def _fill(self, target: Tensor, info: TensorInfo) -> None:
         """Writes the tensor at `info` into the flat `target`, which has as many numbers."""
+        if info.dtype == fp8.CODES:
+            self._widen(target, info)
+            return
         stored = _DTYPES[info.dtype]
         if stored == target.dtype and target.device.type == "cpu":
             for length in self._read(info, target.view(torch.uint8)):
@@ -117,6 +166,20 @@ class Weights:
                 )
             at += numbers.shape[0]
             self._advance(length)
+
+    def _widen(self, target: Tensor, info: TensorInfo) -> None:
+        """As `_fill`, of a matrix in fp8."""
+        at = 0
+        for rows in self.rows(info.name):
+            piece = target[at : at + rows.numel()]
+            piece.copy_(rows.view(-1))
+            if not bool(piece.abs().amax().isfinite()):
+                dtype = str(target.dtype).removeprefix("torch.")
+                raise WrongTensors(
+                    f"{info.file.name}: tensor {info.name} stands for numbers that {dtype} cannot hold",
+                    "set spec.engine.dtype to bfloat16 or float32; or the file is damaged",
+                )
+            at += rows.numel()
 
     def _read(self, info: TensorInfo, buffer: Tensor, size: int = PIECE) -> Iterator[int]:
         """Fills `buffer` in pieces of `size` bytes: further along it if it holds the tensor, else from its start.
@@ -161,3 +224,13 @@ class Weights:
         for length, _ in zip(self._read(one, left), self._read(other, right), strict=True):
             if not torch.equal(left[:length], right[:length]):
                 raise differs
+
+
+def _checked(check: Callable[[Tensor], None], numbers: Tensor, info: TensorInfo) -> None:
+    try:
+        check(numbers)
+    except KernelError as error:
+        raise WrongTensors(
+            f"{info.file.name}: tensor {info.name}: {error}",
+            "the file is damaged, or its numbers were never right",
+        ) from error

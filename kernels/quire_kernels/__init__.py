@@ -19,7 +19,7 @@ from torch import Tensor
 
 from quire_kernels.errors import BackendUnavailable, KernelError, UnknownBackend
 from quire_kernels.paging import PagedBatch
-from quire_kernels.quantized import Activations, Int4Weight, Int8Weight, QuantizedWeight
+from quire_kernels.quantized import Activations, Fp8Weight, Int4Weight, Int8Weight, QuantizedWeight
 
 __all__ = [
     "BACKENDS",
@@ -27,6 +27,7 @@ __all__ = [
     "BackendUnavailable",
     "Body",
     "Experts",
+    "Fp8Weight",
     "HeadNorms",
     "Int4Weight",
     "Int8Weight",
@@ -122,8 +123,11 @@ class Kernels(Protocol):
         """Takes over `weight` and `bias` [N] float. Its input and its results are of `dtype`.
 
         `activations` "int8" rounds each row of the input by a scale of its own, so that its largest number becomes
-        127, and multiplies whole numbers exactly; a row with a number that is not finite comes out as NaN. "float"
-        multiplies what the weight stands for, in float32.
+        127, and multiplies whole numbers exactly; a row with a number that is not finite comes out as NaN. "fp8",
+        for weights in fp8 alone, rounds 128 inputs at a time to e4m3, by a scale of their own that makes the
+        largest 448, and adds up in float32. "float" multiplies what the weight stands for, in float32.
+
+        Raises `KernelError` for what this back-end has no product for.
         """
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:

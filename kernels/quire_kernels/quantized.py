@@ -1,23 +1,30 @@
 """Weights in 8 and 4 bits: what they hold, and how rows of numbers become one.
 
-Both are symmetric, so zero stays zero and a product needs no correction by the weight's own sums of zero points:
+All are symmetric, so zero stays zero and a product needs no correction by the weight's own sums of zero points:
 
     int8    w[n, k] ≈ scales[n] · values[n, k]                     a scale for each output
     int4    w[n, k] ≈ scales[n, k / g] · code[n, k]                a scale for each group of g inputs of an output
+    fp8     w[n, k] ≈ scales[n / b, k / 128] · code[n, k]          a scale for each block of b outputs, 128 inputs
+
+A code of fp8 is a float of its own, e4m3: a sign, four bits of exponent and three behind the leading one, up to
+448 and down to 2^-9, without infinities. b is 128; where the parts of a fused weight do not begin at multiples of
+it, the largest power of two that suits all: a block of the checkpoint is then several with one scale.
 
 A weight is made piece by piece: `empty` takes the memory, `put` quantises some rows into their place. So a
 checkpoint can be read in small pieces, and the weight is in memory once.
 
-Legend: N outputs, K inputs, n rows of a piece, g inputs of a group.
+Legend: N outputs, K inputs, n rows of a piece, g inputs of a group, b outputs of a block.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from quire_kernels.errors import KernelError
@@ -26,11 +33,18 @@ from quire_kernels.memory import large_pages
 GROUP_SIZES = (32, 64, 128)
 """Inputs that may share a scale in 4 bits."""
 
+FP8_BLOCK = 128
+"""Outputs, and inputs, of a block of a checkpoint that share a scale in fp8."""
+FP8_LARGEST = 448.0
+"""The largest number of e4m3."""
+FP8 = torch.float8_e4m3fn
+
 _PIECE = 1 << 18
 """Numbers that are quantised at a time: what is in between stays in a core's cache."""
 
-Activations = Literal["int8", "float"]
-"""What a product with a quantised weight does with its input: rounds each row to 8 bits, or takes it as it is."""
+Activations = Literal["int8", "fp8", "float"]
+"""What a product with a quantised weight does with its input: rounds each row to whole numbers of 8 bits, or 128
+inputs at a time to fp8, or takes it as it is."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -138,7 +152,111 @@ class Int4Weight:
         return (groups * self.scales.float().unsqueeze(-1)).view(self.shape)
 
 
-QuantizedWeight = Int8Weight | Int4Weight
+@dataclass(slots=True, frozen=True)
+class Fp8Weight:
+    """Floats of 8 bits, one scale for `shared` outputs and 128 inputs that follow each other."""
+
+    values: Tensor
+    """[N, K] uint8: the bits of each code, none of which is NaN."""
+    scales: Tensor
+    """[⌈N / shared⌉, ⌈K / 128⌉] float32, none negative."""
+    shared: int
+
+    @classmethod
+    def empty(cls, outputs: int, width: int, shared: int, device: torch.device | str = "cpu") -> Fp8Weight:
+        """Memory for a weight [outputs, width], to be filled by `put`, or by `put_codes` and `put_scales`.
+
+        Raises `KernelError` unless `shared` divides `FP8_BLOCK`.
+        """
+        if shared < 1 or FP8_BLOCK % shared:
+            raise KernelError(f"a block of {shared} outputs is no part of {FP8_BLOCK}")
+        return cls(
+            large_pages(torch.empty((outputs, width), dtype=torch.uint8, device=device)),
+            torch.empty((-(-outputs // shared), -(-width // FP8_BLOCK)), device=device),
+            shared,
+        )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """N and K."""
+        return self.values.shape[0], self.values.shape[1]
+
+    def put(self, start: int, rows: Tensor) -> None:
+        """Quantises `rows` [n, K] of any float dtype, on any device, as the outputs from `start` on, which begins
+        a block.
+
+        The largest number of a block becomes 448. Raises `KernelError` if a number is not finite.
+        """
+        shared, width = self.shared, rows.shape[1]
+        for at, piece in _pieces(start, rows, shared):
+            wide = piece.to(self.values.device).float()
+            # whole blocks, of which what is added is zero
+            filled = F.pad(wide, (0, -width % FP8_BLOCK, 0, -wide.shape[0] % shared))
+            blocks = filled.view(filled.shape[0] // shared, shared, -1, FP8_BLOCK)
+            scales = _finite(blocks.abs().amax((1, 3))) / FP8_LARGEST
+            self.scales[at.start // shared : -(-at.stop // shared)] = scales
+            codes = (blocks / _divisor(scales).unsqueeze(1)).clamp_(-FP8_LARGEST, FP8_LARGEST).to(FP8)
+            self.values[at] = codes.view(torch.uint8).view(filled.shape)[: wide.shape[0], :width]
+
+    def put_codes(self, start: int, codes: Tensor) -> None:
+        """Codes [n, K] uint8, on any device, as the outputs from `start` on. Raises `KernelError` for a NaN."""
+        check_codes(codes)
+        self.values[start : start + codes.shape[0]] = codes.to(self.values.device)
+
+    def put_scales(self, start: int, outputs: int, scales: Tensor) -> None:
+        """Scales [⌈outputs / 128⌉, ⌈K / 128⌉] float of so many outputs from `start` on, which begins a block.
+        Raises `KernelError` for one that is negative or not finite."""
+        check_scales(scales)
+        first, count = start // self.shared, -(-outputs // self.shared)
+        repeated = scales.float().repeat_interleave(FP8_BLOCK // self.shared, 0)[:count]
+        self.scales[first : first + count] = repeated.to(self.scales.device)
+
+    def part(self, outputs: slice | Tensor) -> Fp8Weight:
+        """Some outputs, by a slice or by their numbers [n] int64. Unless a slice begins with a block each has
+        scales of its own then."""
+        if isinstance(outputs, slice):
+            start, stop, step = outputs.indices(self.shape[0])
+            if step == 1 and start % self.shared == 0:
+                blocks = self.scales[start // self.shared : -(-stop // self.shared)]
+                return Fp8Weight(self.values[start:stop], blocks, self.shared)
+            outputs = torch.arange(self.shape[0], device=self.values.device)[outputs]
+        return Fp8Weight(self.values[outputs], self.scales[outputs // self.shared], 1)
+
+    def dequantized(self) -> Tensor:
+        """The numbers that it stands for, [N, K] float32."""
+        return widened(self.values, self.scales, self.shared)
+
+
+IntegerWeight = Int8Weight | Int4Weight
+QuantizedWeight = IntegerWeight | Fp8Weight
+
+
+def widened(codes: Tensor, scales: Tensor, shared: int = FP8_BLOCK, first: int = 0) -> Tensor:
+    """What codes [n, K] uint8 of fp8 stand for, float32, if they are the outputs from `first` on of a weight with
+    `scales` [any, ⌈K / 128⌉] float for `shared` outputs each."""
+    rows = torch.arange(first, first + codes.shape[0], device=codes.device) // shared
+    each = scales.float()[rows]
+    # by the bits, ten times as fast on a CPU: float16 has room for every code, at 1/256 of it
+    halves = (codes.view(torch.int8).to(torch.int16) << 7) & ~(1 << 14)
+    numbers = halves.view(torch.float16).float().mul_(256.0)
+    whole = codes.shape[1] // FP8_BLOCK
+    if whole:
+        blocks = numbers[:, : whole * FP8_BLOCK].view(-1, whole, FP8_BLOCK)
+        blocks.mul_(each[:, :whole].unsqueeze(-1))
+    numbers[:, whole * FP8_BLOCK :].mul_(each[:, whole:])
+    return numbers
+
+
+def check_codes(codes: Tensor) -> None:
+    """Raises `KernelError` if one of the bytes is a NaN of e4m3."""
+    if codes.numel() and int((codes & 127).max()) == 127:
+        raise KernelError("a code is not a number")
+
+
+def check_scales(scales: Tensor) -> None:
+    """Raises `KernelError` if one of the scales of blocks is negative or not finite."""
+    if not bool((scales.isfinite() & (scales >= 0)).all()):
+        raise KernelError("the scale of a block is negative or not finite")
 
 
 def quantize_int8(rows: Tensor) -> Int8Weight:
@@ -155,6 +273,20 @@ def quantize_int4(rows: Tensor, group_size: int) -> Int4Weight:
     weight = Int4Weight.empty(outputs, width, group_size, rows.device)
     weight.put(0, rows)
     return weight
+
+
+def quantize_fp8(rows: Tensor, shared: int | None = None) -> Fp8Weight:
+    """`rows` [n, K] in fp8, in blocks of as many outputs as `shared_outputs` says unless told; see `Fp8Weight.put`
+    and `Fp8Weight.empty`."""
+    outputs, width = rows.shape
+    weight = Fp8Weight.empty(outputs, width, shared or shared_outputs(outputs), rows.device)
+    weight.put(0, rows)
+    return weight
+
+
+def shared_outputs(*parts: int) -> int:
+    """Outputs of a block in fp8 if so many of each part lie side by side."""
+    return math.gcd(FP8_BLOCK, *parts)
 
 
 def check_groups(width: int, group_size: int) -> None:
@@ -176,9 +308,9 @@ def _divisor(scales: Tensor) -> Tensor:
     return torch.where(scales == 0, 1.0, scales).unsqueeze(-1)
 
 
-def _pieces(start: int, rows: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """`rows`, some at a time, and where they belong if the first is `start`."""
-    step = max(1, _PIECE // rows.shape[1])
+def _pieces(start: int, rows: Tensor, whole: int = 1) -> Iterator[tuple[slice, Tensor]]:
+    """`rows`, some at a time, a multiple of `whole`, and where they belong if the first is `start`."""
+    step = max(1, _PIECE // rows.shape[1] // whole) * whole
     for first in range(0, rows.shape[0], step):
         piece = rows[first : first + step]
         yield slice(start + first, start + first + piece.shape[0]), piece

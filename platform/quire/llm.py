@@ -113,9 +113,9 @@ class LLM:
         dtype: Literal["auto"] | Dtype = "auto",
         kv_dtype: Literal["auto"] | KvDtype = "auto",
         device: Literal["auto"] | Device = "auto",
-        quantization: Literal["int8", "int4"] | None = None,
+        quantization: Literal["int8", "int4", "fp8"] | None = None,
         group_size: int | None = None,
-        activations: Literal["auto", "int8", "bf16"] = "auto",
+        activations: Literal["auto", "int8", "fp8", "bf16"] = "auto",
         max_model_len: int | None = None,
         block_size: int = 16,
         num_blocks: int | None = None,
@@ -185,7 +185,8 @@ class LLM:
                 device=kind,
             )
         except Unquantizable as found:
-            raise ValueError(f"quantization is {quantization!r}: {found}\nhint: {_INSTEAD[found.field]}") from None
+            instead = 'device="cpu"' if quantization is None else _INSTEAD[found.field]
+            raise ValueError(f"quantization is {quantization!r}: {found}\nhint: {instead}") from None
         if kv_dtype != "auto" and (problem := kv_misfit(profile, kv_dtype, kind)):
             other = "" if kv_misfit(profile, "int8", kind) else ' or "int8"'
             raise ValueError(f'kv_dtype is "{kv_dtype}": {problem}\nhint: kv_dtype="auto"{other}')
@@ -738,7 +739,7 @@ def _folder(model: str) -> Path:
 def _check_quantization(method: object, group_size: object, activations: object) -> None:
     if method is not None:
         arguments.one_of("quantization", method, METHODS, "None computes with the checkpoint's own numbers")
-    arguments.one_of("activations", activations, ("auto", "int8", "bf16"), '"auto" suits method and device')
+    arguments.one_of("activations", activations, ("auto", "int8", "fp8", "bf16"), '"auto" suits method and device')
     if group_size is not None:
         arguments.whole("group_size", group_size, 1, hint="None is 32")
         if group_size not in GROUP_SIZES:

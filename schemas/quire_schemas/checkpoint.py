@@ -2,7 +2,8 @@
 
 `config.json` is read by one Pydantic class per supported architecture; the defaults are those of transformers,
 whose files leave out every key that equals its default. What would change the numbers and is not supported is
-refused by name: other activations, partly rotated heads, rope variants, quantised weights, code in the folder.
+refused by name: other activations, partly rotated heads, rope variants, code in the folder, weights quantised in
+another way than `fp8` reads.
 
 How files are read, and all that can be wrong with them, is in `checkpoint_files`.
 """
@@ -17,6 +18,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from quire_schemas import fp8
 from quire_schemas.checkpoint_files import (
     MissingFile,
     TensorInfo,
@@ -93,6 +95,8 @@ class ModelProfile:
     weight_bytes: int = 0
     """Bytes of the weights as the checkpoint stores them."""
     experts: ExpertsProfile | None = None
+    fp8: fp8.Fp8Profile | None = None
+    """Which weights are stored in fp8, if any are."""
     raw: Mapping[str, Any] = field(default_factory=dict, repr=False, hash=False)
     """config.json as it stands."""
 
@@ -400,13 +404,7 @@ def profile_from_config(config: Mapping[str, Any]) -> ModelProfile:
         raise UnsupportedArchitecture(
             f"config.json: architectures: {names[0]} is not supported by this version", supported
         )
-    if config.get("quantization_config"):
-        method = config["quantization_config"]
-        method = method.get("quant_method", "unnamed") if isinstance(method, Mapping) else "unnamed"
-        raise UnsupportedFeature(
-            f"config.json: quantization_config: weights quantised by {method} are not supported by this version",
-            "use the checkpoint in bfloat16 or float32 from which the quantised one was made",
-        )
+    stored = fp8.read_fp8(config)
     if config.get("auto_map"):
         raise UnsupportedFeature(
             "config.json: auto_map: the checkpoint asks for Python code of its own, which is never run",
@@ -459,9 +457,22 @@ def profile_from_config(config: Mapping[str, Any]) -> ModelProfile:
         layer_kinds=kinds,
         eos_token_ids=_token_ids(read.eos_token_id),
         experts=read.experts(),
+        fp8=stored,
         raw=dict(config),
     )
-    return replace(profile, weight_bytes=profile.num_parameters * DTYPE_BYTES[dtype])
+    return replace(profile, weight_bytes=_stored_bytes(profile))
+
+
+def _stored_bytes(profile: ModelProfile) -> int:
+    """Of the weights, as config.json says that they are stored."""
+    if profile.fp8 is None:
+        return profile.num_parameters * DTYPE_BYTES[profile.dtype]
+    return sum(
+        fp8.stored_bytes(shape)
+        if profile.fp8.holds(name, shape)
+        else math.prod(shape) * DTYPE_BYTES[profile.dtype]
+        for name, shape in expected_tensors(profile)
+    )
 
 
 def read_profile(model_dir: Path) -> ModelProfile:
@@ -596,10 +607,18 @@ def check_tensors(profile: ModelProfile, tensors: Mapping[str, TensorInfo]) -> l
                 f"{tensor.file.name}: tensor {name} has shape {list(tensor.shape)}, expected {list(shape)}",
                 hint,
             )
+        if profile.fp8 is not None and profile.fp8.holds(name, shape):
+            needed += _in_fp8(tensor, tensors)
+            continue
         if tensor.dtype not in _WEIGHT_DTYPES:
             raise WrongTensors(
                 f"{tensor.file.name}: tensor {name} is stored as {tensor.dtype}",
-                f"this version loads {', '.join(_WEIGHT_DTYPES)}",
+                f"this version loads {', '.join(_WEIGHT_DTYPES)}"
+                + (
+                    ", and of linear layers F8_E4M3 where quantization_config says so"
+                    if "F8" in tensor.dtype
+                    else ""
+                ),
             )
         needed.append(tensor)
     known = {tensor.name for tensor in needed} | {"lm_head.weight"}
@@ -607,3 +626,32 @@ def check_tensors(profile: ModelProfile, tensors: Mapping[str, TensorInfo]) -> l
         if name not in known and not name.endswith("rotary_emb.inv_freq"):
             raise WrongTensors(f"{tensor.file.name}: tensor {name} has no place in {profile.architecture}", hint)
     return needed
+
+
+def _in_fp8(weight: TensorInfo, tensors: Mapping[str, TensorInfo]) -> list[TensorInfo]:
+    """A weight in fp8, and its scales."""
+    name = weight.name + fp8.SCALE
+    if weight.dtype != fp8.CODES:
+        raise WrongTensors(
+            f"{weight.file.name}: tensor {weight.name} is stored as {weight.dtype}, and by quantization_config of "
+            f"config.json it is {fp8.CODES}",
+            "modules_to_not_convert there names the modules that are not in fp8",
+        )
+    scales = tensors.get(name)
+    if scales is None:
+        raise WrongTensors(
+            f"tensor {name} is in none of the files, and {weight.name} is in fp8",
+            "a weight in fp8 needs the scales of its blocks; the download may be incomplete",
+        )
+    if scales.shape != fp8.scales_shape(weight.shape):
+        raise WrongTensors(
+            f"{scales.file.name}: tensor {name} has shape {list(scales.shape)}, expected "
+            f"{list(fp8.scales_shape(weight.shape))} for blocks of {fp8.BLOCK} × {fp8.BLOCK}",
+            "config.json and the weights do not belong together",
+        )
+    if scales.dtype not in _WEIGHT_DTYPES:
+        raise WrongTensors(
+            f"{scales.file.name}: tensor {name} is stored as {scales.dtype}",
+            f"scales are read as {', '.join(_WEIGHT_DTYPES)}",
+        )
+    return [weight, scales]

@@ -25,7 +25,8 @@ captured is given out anew to the next shape, but in pieces that need not suit.
 
 What goes into a product with a quantized weight may have its codes beside it from the start (`triton.rounding`).
 Such a product has, besides its input and what comes out (`triton.quantized`): the codes of its
-input, and partial sums, if it is cut into splits; or some outputs of the weight unpacked for cuBLAS.
+input, and partial sums, if it is cut into splits; or some outputs of the weight unpacked for cuBLAS. In fp8 it is
+the same (`triton.scaled`), but that an input which is not rounded has no codes.
 
 Legend: T tokens of a step, R rows that get logits, S seats (the most sequences), X groups of layers, V vocabulary,
 e bytes of a number.
@@ -34,6 +35,7 @@ e bytes of a number.
 from __future__ import annotations
 
 from quire_schemas.checkpoint import ExpertsProfile, ModelProfile, expected_tensors
+from quire_schemas.fp8 import BLOCK
 from quire_schemas.quantization import QUANTIZED_AT_A_TIME, is_quantized, quantized_bytes
 from quire_schemas.wire import Quantization
 
@@ -135,8 +137,11 @@ def _split_parts(profile: ModelProfile) -> int:
 def loading_bytes(profile: ModelProfile, quantization: Quantization) -> int:
     """A piece that is quantized; or a weight in 4 bits beside itself in the order of the kernels, and a piece on
     its way there."""
-    shapes = [shape for name, shape in expected_tensors(profile) if is_quantized(profile, name, shape)]
-    piece = max(QUANTIZED_AT_A_TIME, max(inputs for _, inputs in shapes)) * _QUANTIZING_BYTES
+    shapes = [
+        shape for name, shape in expected_tensors(profile) if is_quantized(profile, name, shape, quantization)
+    ]
+    least = BLOCK if quantization.method == "fp8" else 1
+    piece = max(QUANTIZED_AT_A_TIME, least * max((inputs for _, inputs in shapes), default=1)) * _QUANTIZING_BYTES
     if quantization.group_size is None:
         return piece
     # outputs of projections that are fused lie in one weight
@@ -150,9 +155,12 @@ def _fused(profile: ModelProfile) -> list[tuple[int, int]]:
 
 
 def _codes(quantization: Quantization | None, rows: int, inputs: int) -> int:
-    """Of rows that go into a product with a quantized weight: one plane, or two of rows that are not many."""
+    """Of rows that go into a product with a quantized weight: one plane, or two of rows that are not many. With
+    weights in fp8 a row that is not rounded has none."""
     if quantization is None:
         return 0
+    if quantization.method == "fp8":
+        return rows * (inputs + 4 * -(-inputs // BLOCK)) if quantization.activations == "fp8" else 0
     if quantization.activations == "int8":
         return rows * (inputs + 4)
     return min(rows, MANY_ROWS) * (2 * inputs + 4)
@@ -165,7 +173,7 @@ def _multiplying(quantization: Quantization | None, e: int, rows: int, inputs: i
     # a tile is given to at most twice the multiprocessors, and has 128 outputs and up to 128 rows of codes
     sums = min(ROOM_BYTES, 384 * 128 * min(max(4 * rows, 16), 128) * 4)
     coded = _codes(quantization, rows, inputs) + sums
-    return coded if quantization.activations == "int8" else max(coded, SCRATCH_BYTES, 256 * inputs * e)
+    return coded if quantization.activations in ("int8", "fp8") else max(coded, SCRATCH_BYTES, 256 * inputs * e)
 
 
 def _peak(profile: ModelProfile, e: int, tokens: int, rows: int, quantization: Quantization | None) -> int:

@@ -2,12 +2,17 @@
 
     int8    N × K + 4 N             bytes, for N outputs of K inputs: a float32 scale for each output
     int4    N × K / 2 + 2 N K / g   a bfloat16 scale for each group of g inputs
+    fp8     N × K + 4 N/b ⌈K/128⌉   a float32 scale for each block of b outputs and 128 inputs
 
-`quire_kernels.quantized` has the formats themselves. Quantized are the weights of all linear layers, those of
-experts too, and of the head, which with tied embeddings is the embedding, too. An untied embedding is read by row,
-where nothing but memory would be gained, norms and routers of experts are small, and a router's decision is one
-between near equals: they stay in the engine's dtype. Biases are added in float32, and kept
-as that.
+b is 128, or as many as suit all parts that are fused (`shared_outputs`). `quire_kernels.quantized` has the
+formats themselves. Quantized are the weights of all linear layers, those of experts too, and of the head, which
+with tied embeddings is the embedding. An untied embedding is read by row, where nothing but memory would be
+gained, norms and routers of experts are small, and a router's decision is one between near equals: they stay in
+the engine's dtype. Biases are added in float32, and kept as that.
+
+Of a checkpoint that is in fp8 already `fp8` takes what the file has, so its head stays, too, and experts, for
+which there are no products in fp8, are widened. `none` is then fp8 on a GPU, and on a CPU weights of the
+engine's dtype; int8 and int4 are made of what the file's codes stand for.
 
 Exceptions:
 
@@ -16,13 +21,15 @@ Exceptions:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from quire_schemas.checkpoint import ModelProfile, expected_tensors
+from quire_schemas.fp8 import BLOCK
 from quire_schemas.wire import Quantization
 
-METHODS: tuple[Literal["int8", "int4"], ...] = ("int8", "int4")
+METHODS: tuple[Literal["int8", "int4", "fp8"], ...] = ("int8", "int4", "fp8")
 GROUP_SIZES = (32, 64, 128)
 """With int4; the first is the default."""
 INT8_INPUTS = 4
@@ -51,10 +58,21 @@ def resolve(
     Only what depends on the checkpoint, the dtype and the device is looked at: `rules` has the rest.
     """
     method, activations = declared["method"], declared["activations"]
+    if method == "none" and profile.fp8 is not None and device == "cuda":
+        method = "fp8"
     if method == "none":
         return None
-    if problem := experts_misfit(profile, device):
+    if problem := device_misfit(method, device):
+        instead = "method: int8" if profile.fp8 is None else "method: none, which widens them, or method: int8"
+        raise Unquantizable("method", problem, f"declare engine.device: cuda, {instead}")
+    if problem := experts_misfit(profile, method, device):
         raise Unquantizable("method", problem, "declare engine.device: cpu, or method: none")
+    if activations in ("int8", "fp8") and (activations == "fp8") != (method == "fp8"):
+        raise Unquantizable(
+            "activations",
+            f"{method} weights do not meet {activations} activations",
+            "declare activations: auto, or bf16",
+        )
     if device == "cuda" and method == "int4":
         if activations == "int8":
             raise Unquantizable(
@@ -70,13 +88,16 @@ def resolve(
             "declare engine.dtype: bfloat16, or activations: auto",
         )
     size = declared["groupSize"] or GROUP_SIZES[0] if method == "int4" else None
-    found = Quantization(method, "int8" if activations == "auto" else activations, size)
+    rounded: Literal["int8", "fp8"] = "fp8" if method == "fp8" else "int8"
+    found = Quantization(method, rounded if activations == "auto" else activations, size)
     if problem := misfit(profile, found):
         least = GROUP_SIZES[0]
         others = [
             (f"groupSize: {least}", Quantization("int4", group_size=least)),
             ("method: int8", Quantization("int8")),
         ]
+        if method == "fp8":
+            raise Unquantizable("method", problem, "declare engine.device: cpu, or method: int8")
         fitting = [said for said, other in others if not misfit(profile, other)]
         field = "method" if size is None else "groupSize"
         raise Unquantizable(field, problem, f"declare {', or '.join(fitting or ['method: none'])}")
@@ -84,31 +105,83 @@ def resolve(
 
 
 def misfit(profile: ModelProfile, quantization: Quantization) -> str:
-    """Which quantized weight has a number of inputs that the format does not take; empty if all fit."""
+    """Which quantized weight has a number of inputs that the format does not take; empty if all fit. In fp8 any
+    number does, but what is multiplied as one weight must be in fp8 as one."""
+    if quantization.method == "fp8":
+        return _half_in_fp8(profile)
     size = quantization.group_size
     for name, shape in expected_tensors(profile):
-        if is_quantized(profile, name, shape) and shape[1] % (size or INT8_INPUTS):
+        if is_quantized(profile, name, shape, quantization) and shape[1] % (size or INT8_INPUTS):
             what = f"multiple of {INT8_INPUTS}" if size is None else f"whole number of groups of {size}"
             return f"the {shape[1]} inputs of {name} are no {what}"
     return ""
 
 
-def experts_misfit(profile: ModelProfile, device: Literal["cpu", "cuda"]) -> str:
-    """Why quantized experts cannot be had on that device; empty if they can, or if there are none."""
-    if profile.experts is None or device == "cpu":
+def _half_in_fp8(profile: ModelProfile) -> str:
+    if profile.fp8 is None:
+        return ""
+    for name, shape in expected_tensors(profile):
+        for first, *others in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
+            if name.endswith(f".{first}.weight"):
+                whole = profile.fp8.holds(name, shape)
+                for other in others:
+                    beside = name.replace(first, other)
+                    if profile.fp8.holds(beside, shape) != whole:
+                        plain, coded = (beside, name) if whole else (name, beside)
+                        return f"{coded} is in fp8 and {plain} is not, and on a GPU they are one weight"
+    return ""
+
+
+def device_misfit(method: str, device: Literal["cpu", "cuda"]) -> str:
+    """Why weights of that method cannot be had on that device; empty if they can."""
+    if method != "fp8" or device == "cuda":
+        return ""
+    return "fp8 weights are multiplied on a GPU alone, and this model runs on a CPU"
+
+
+def experts_misfit(profile: ModelProfile, method: str, device: Literal["cpu", "cuda"]) -> str:
+    """Why experts quantized by that method cannot be had on that device; empty if they can, or if there are none:
+    those of a checkpoint in fp8 are widened."""
+    if profile.experts is None or device == "cpu" or (method == "fp8" and profile.fp8 is not None):
         return ""
     return f"quantized experts ({profile.architecture}) run on a CPU alone, and this model runs on a GPU"
 
 
-def is_quantized(profile: ModelProfile, name: str, shape: tuple[int, ...]) -> bool:
-    """Whether a tensor of the checkpoint is one of those that a method quantizes."""
+def fp8_widened(profile: ModelProfile, quantization: Quantization | None) -> str:
+    """Which weights of a checkpoint in fp8 become numbers of the engine's dtype; empty if none do."""
+    if profile.fp8 is None:
+        return ""
+    if quantization is None:
+        return "weights"
+    return "experts" if quantization.method == "fp8" and profile.experts is not None else ""
+
+
+def is_quantized(profile: ModelProfile, name: str, shape: tuple[int, ...], quantization: Quantization) -> bool:
+    """Whether a tensor of the checkpoint is one of those that are quantized."""
+    if quantization.method == "fp8" and profile.fp8 is not None:
+        return profile.fp8.holds(name, shape) and ".experts." not in name
     if profile.experts is not None and name.endswith(f".{profile.experts.block}.gate.weight"):
         return False
     return len(shape) == 2 and (profile.tie_word_embeddings or name != "model.embed_tokens.weight")
 
 
-def quantized_bytes(quantization: Quantization, outputs: int, inputs: int) -> int:
-    """What a weight [outputs, inputs] takes, scales and all."""
+def is_wide(profile: ModelProfile, name: str, quantization: Quantization) -> bool:
+    """Whether a tensor of the checkpoint is the bias of one that is quantized."""
+    weight = f"{name.removesuffix('.bias')}.weight"
+    return name.endswith(".bias") and is_quantized(profile, weight, (1, 1), quantization)
+
+
+def shared_outputs(profile: ModelProfile, name: str, outputs: int) -> int:
+    """Outputs of the weight `name` that share a scale in fp8: as many as suit all that it is fused with."""
+    if name.endswith((".q_proj.weight", ".k_proj.weight", ".v_proj.weight")):
+        return math.gcd(BLOCK, profile.q_size, profile.kv_size)
+    return math.gcd(BLOCK, outputs)
+
+
+def quantized_bytes(quantization: Quantization, outputs: int, inputs: int, shared: int = BLOCK) -> int:
+    """What a weight [outputs, inputs] takes, scales and all; `shared` is as of `shared_outputs`."""
+    if quantization.method == "fp8":
+        return outputs * inputs + 4 * -(-outputs // shared) * -(-inputs // BLOCK)
     if quantization.group_size is None:
         return outputs * (inputs + 4)
     return outputs * (inputs // 2 + 2 * (inputs // quantization.group_size))

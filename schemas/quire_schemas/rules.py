@@ -490,18 +490,34 @@ def _quantization(facts: Facts) -> Iterator[Finding]:
     at: Path = ("spec", "quantization")
     method, groups = facts["spec.quantization.method"], facts["spec.quantization.groupSize"]
     activations = facts["spec.quantization.activations"]
-    if groups is not None and method in ("none", "int8"):
-        why = "there are no groups with method none" if method == "none" else "int8 has one scale for each output"
+    if groups is not None and method in ("none", "int8", "fp8"):
+        why = {
+            "none": "there are no groups with method none",
+            "int8": "int8 has one scale for each output",
+            "fp8": "fp8 has one scale for each block of 128 × 128",
+        }[method]
         yield Finding((*at, "groupSize"), why, "remove groupSize, or declare method: int4", True)
     if method == "none":
         if activations != "auto":
             why = "nothing is quantized with method none"
             yield Finding((*at, "activations"), why, "remove activations, or declare method: int8", True)
         return
-    if method not in ("int8", "int4"):
+    if method not in ("int8", "int4", "fp8"):
         return
     if facts["spec.engine.runner"] == "scripted":
         yield Finding((*at, "method"), "a scripted model has no weights", "remove it, or runner: scripted")
+    elif facts["spec.engine.device"] == "cpu" and method == "fp8":
+        yield Finding(
+            (*at, "method"),
+            f"{REFUSED}: fp8 weights are multiplied on GPUs alone",
+            "declare engine.device: cuda, or method: int8; a checkpoint in fp8 runs on a CPU with method: none",
+        )
+    elif activations in ("int8", "fp8") and (activations == "fp8") != (method == "fp8"):
+        yield Finding(
+            (*at, "activations"),
+            f"{REFUSED}: {method} weights do not meet {activations} activations",
+            "declare activations: auto, or bf16",
+        )
     elif facts["spec.engine.device"] == "cuda" and method == "int4" and activations == "int8":
         yield Finding(
             (*at, "activations"),

@@ -40,9 +40,12 @@ from quire_schemas.quantization import (
     GROUP_SIZES,
     QUANTIZED_AT_A_TIME,
     experts_misfit,
+    fp8_widened,
     is_quantized,
+    is_wide,
     misfit,
     quantized_bytes,
+    shared_outputs,
 )
 from quire_schemas.wire import Quantization, RunnerKind
 
@@ -244,9 +247,9 @@ def weight_bytes(profile: ModelProfile, dtype: str, quantization: Quantization |
     if quantization is None:
         return profile.num_parameters * DTYPE_BYTES[dtype]
     return sum(
-        quantized_bytes(quantization, *shape)
-        if is_quantized(profile, name, shape)
-        else math.prod(shape) * (4 if name.endswith(".bias") else DTYPE_BYTES[dtype])
+        quantized_bytes(quantization, shape[0], shape[1], shared_outputs(profile, name, shape[0]))
+        if is_quantized(profile, name, shape, quantization)
+        else math.prod(shape) * (4 if is_wide(profile, name, quantization) else DTYPE_BYTES[dtype])
         for name, shape in expected_tensors(profile)
     )
 
@@ -661,6 +664,10 @@ def _notes(profile: ModelProfile, report: FitReport) -> Iterable[str]:
     request = report.request
     if request.runner == "scripted":
         yield "engine.runner is scripted: no weights are loaded, and blocks of the cache are numbers alone"
+    widened = fp8_widened(profile, request.quantization)
+    if widened and request.runner == "model":
+        device = {"cpu": "a CPU", "cuda": "a GPU"}[request.device]
+        yield f"{widened} in fp8 are widened to {request.dtype}, for nothing on {device} multiplies them"
     if request.max_model_len is None and report.max_model_len < profile.max_position_embeddings:
         whole = not request.chunked_prefill and report.max_model_len == request.max_num_batched_tokens
         yield (
@@ -727,7 +734,8 @@ def _offers(profile: ModelProfile, report: FitReport) -> Iterable[CounterOffer]:
     if request.runner == "model" and request.quantization is None:
         four = FLOATS[request.dtype] if request.device == "cuda" else "int8"
         for quantization in (Quantization("int8"), Quantization("int4", four, GROUP_SIZES[0])):
-            unfit = misfit(profile, quantization) or experts_misfit(profile, request.device)
+            unfit = misfit(profile, quantization)
+            unfit = unfit or experts_misfit(profile, quantization.method, request.device)
             if not unfit and fits(replace(request, quantization=quantization)):
                 yield CounterOffer("spec.quantization.method", f"{quantization.method} (other numbers)")
                 break

@@ -957,11 +957,13 @@ FromRouter = RouterStatus | UsageReport
 
 
 class Quantization(msgspec.Struct, frozen=True):
-    """Weights that are made integers at load: of all linear layers and the head."""
+    """Weights that are made integers or fp8 at load: of all linear layers and the head. Those of a checkpoint that
+    is in fp8 are taken as they are."""
 
-    method: Literal["int8", "int4"]
-    activations: Literal["int8", "bf16", "fp16", "fp32"] = "int8"
-    """What enters them: integers with a scale for each token, or the model's own numbers."""
+    method: Literal["int8", "int4", "fp8"]
+    activations: Literal["int8", "fp8", "bf16", "fp16", "fp32"] = "int8"
+    """What enters them: integers with a scale for each token, fp8 with one for each 128 inputs of a token, or the
+    model's own numbers."""
     group_size: int | None = None
     """Weights that share a scale; None, with int8: all of an output."""
 

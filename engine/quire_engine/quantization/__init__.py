@@ -1,7 +1,7 @@
 """How a layer gets its linear: it asks a `LinearMethod`, by the name under which the checkpoint stores it.
 
 A method decides what is read and what class multiplies by it, so a quantized or a tensor-parallel model differs
-from a plain one in the method alone. There are `Plain` and `Integers`; `quire_schemas.checkpoint` refuses
+from a plain one in the method alone. There are `Plain`, `Integers` and `Fp8`; `quire_schemas.checkpoint` refuses
 checkpoints that would need another.
 """
 
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from quire_engine.layers.linear import Linear
+from quire_engine.quantization.fp8 import Fp8
 from quire_engine.quantization.integers import Integers
 from quire_engine.quantization.plain import Plain
 from quire_engine.weights import Weights
@@ -38,4 +39,6 @@ class LinearMethod(Protocol):
 
 def linear_method(weights: Weights, kernels: Kernels, quantization: Quantization | None) -> LinearMethod:
     """The method that `EngineSpec.quantization` names."""
-    return Plain(weights, kernels) if quantization is None else Integers(weights, kernels, quantization)
+    if quantization is None:
+        return Plain(weights, kernels)
+    return (Fp8 if quantization.method == "fp8" else Integers)(weights, kernels, quantization)

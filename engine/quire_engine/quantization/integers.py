@@ -30,6 +30,8 @@ from quire_kernels import (
 from quire_schemas.checkpoint_files import WrongTensors
 from quire_schemas.wire import Quantization
 
+NEVER_RIGHT = "the file is damaged, or its numbers were never right"
+
 
 @dataclass(slots=True, frozen=True)
 class Integers:
@@ -64,9 +66,7 @@ class Integers:
                 try:
                     weight.put(at, rows)
                 except KernelError as error:
-                    raise WrongTensors(
-                        f"tensor {name}: {error}", "the file is damaged, or its numbers were never right"
-                    ) from error
+                    raise WrongTensors(f"tensor {name}: {error}", NEVER_RIGHT) from error
                 at += rows.shape[0]
         return weight
 

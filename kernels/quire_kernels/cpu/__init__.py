@@ -44,11 +44,12 @@ from quire_kernels.cpu.native import (
 )
 from quire_kernels.cpu.products import ByTorch, Packed, PackedQuantized
 from quire_kernels.cpu.program import Recorded
+from quire_kernels.errors import KernelError
 from quire_kernels.memory import Slabs
 from quire_kernels.paging import PagedBatch
-from quire_kernels.quantized import Activations, Int4Weight, QuantizedWeight
+from quire_kernels.quantized import Activations, Fp8Weight, Int4Weight, QuantizedWeight
 from quire_kernels.reference.experts import each_part, each_product
-from quire_kernels.reference.product import PlainProduct
+from quire_kernels.reference.product import PlainProduct, check_activations
 
 if TYPE_CHECKING:
     from quire_kernels import Body, Experts, HeadNorms, Product
@@ -119,6 +120,9 @@ class CpuKernels:
     def quantized_product(
         self, weight: QuantizedWeight, bias: Tensor | None, activations: Activations, dtype: torch.dtype
     ) -> Product:
+        if isinstance(weight, Fp8Weight):
+            raise KernelError("the cpu back-end has no products with weights in fp8")
+        check_activations(weight, activations)
         native, (outputs, width) = self._native, weight.shape
         scales = self._slabs.settle(weight.scales)
         if isinstance(weight, Int4Weight):

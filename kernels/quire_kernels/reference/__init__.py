@@ -37,7 +37,7 @@ class ReferenceKernels:
     def quantized_product(
         self, weight: QuantizedWeight, bias: Tensor | None, activations: Activations, dtype: torch.dtype
     ) -> QuantizedProduct:
-        return QuantizedProduct(weight, None if bias is None else bias.float(), activations == "int8", dtype)
+        return QuantizedProduct.of(weight, bias, activations, dtype)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         if x.dtype == torch.float32:

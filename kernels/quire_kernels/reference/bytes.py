@@ -11,11 +11,14 @@ Legend: D numbers of a row.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-E4M3 = torch.float8_e4m3fn
+from quire_kernels.quantized import FP8, FP8_BLOCK, FP8_LARGEST
 
-LARGEST = {torch.int8: 127.0, E4M3: 448.0}
+E4M3 = FP8
+
+LARGEST = {torch.int8: 127.0, E4M3: FP8_LARGEST}
 """What the largest number of a row becomes, in each format that has scales."""
 
 SCALE_BYTES = 4
@@ -39,6 +42,14 @@ def quantize_rows(x: Tensor, kept: torch.dtype = torch.int8) -> tuple[Tensor, Te
     codes = (scaled.round_() if kept == torch.int8 else scaled).clamp_(-largest, largest).to(kept)
     scales = torch.where(usable, most / largest, torch.where(most.isfinite(), 0.0, torch.nan))
     return codes, scales
+
+
+def quantize_groups(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows [T, D] float32 in e4m3, each 128 numbers with a scale of their own: the bits of their codes [T, D]
+    uint8, and scales [T, ⌈D / 128⌉] float32."""
+    count, width = x.shape
+    codes, scales = quantize_rows(F.pad(x, (0, -width % FP8_BLOCK)).view(count, -1, FP8_BLOCK), E4M3)
+    return codes.view(torch.uint8).view(count, -1)[:, :width].contiguous(), scales
 
 
 def rounded_rows(x: Tensor, kept: torch.dtype = torch.int8) -> Tensor:

@@ -8,9 +8,13 @@ each group of inputs the sums end with the group, and what they stand for is add
     int8    out[n] = (Σ_k a[k] · w[n, k]) · s · scales[n] + bias[n]
     int4    out[n] = (Σ_groups (Σ_k in group a[k] · w[n, k]) · scales[n, group]) · s + bias[n]
 
+    fp8     out[n] = Σ_groups (Σ_k in group a[k] · w[n, k]) · s[group] · scales[n / b, group] + bias[n]
+
+In fp8 the codes of 128 inputs have a scale of their own; products of two are exact in float32, their sums are not.
+
 Floating-point activations meet the dequantised weight in float32. Weights are widened a piece at a time.
 
-Legend: T tokens, N outputs, K inputs, G groups, g inputs of a group.
+Legend: T tokens, N outputs, K inputs, G groups, g inputs of a group, b outputs of a block.
 """
 
 from __future__ import annotations
@@ -22,8 +26,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quire_kernels.quantized import Int4Weight, Int8Weight, QuantizedWeight
-from quire_kernels.reference.bytes import quantize_rows
+from quire_kernels.errors import KernelError
+from quire_kernels.quantized import FP8, FP8_BLOCK, Activations, Fp8Weight, Int4Weight, Int8Weight, QuantizedWeight
+from quire_kernels.reference.bytes import quantize_groups, quantize_rows
 
 WIDENED = 1 << 22
 """Numbers of a weight that are widened at a time."""
@@ -64,6 +69,14 @@ class QuantizedProduct:
     round_input: bool
     dtype: torch.dtype
 
+    @classmethod
+    def of(
+        cls, weight: QuantizedWeight, bias: Tensor | None, activations: Activations, dtype: torch.dtype
+    ) -> QuantizedProduct:
+        """See `Kernels.quantized_product`."""
+        check_activations(weight, activations)
+        return cls(weight, None if bias is None else bias.float(), activations != "float", dtype)
+
     def __call__(self, x: Tensor) -> Tensor:
         return self.wide(x).to(self.dtype)
 
@@ -86,12 +99,23 @@ class QuantizedProduct:
         return torch.cat([x @ self.weight.part(piece).dequantized().T for piece in pieces], -1)
 
     def _rounded(self, x: Tensor) -> Tensor:
+        weight, pieces = self.weight, _pieces(*self.weight.shape)
+        if isinstance(weight, Fp8Weight):
+            codes, scales = quantize_groups(x)
+            wide = codes.view(FP8).float()
+            return torch.cat([_blocked(wide, scales, weight.part(piece)) for piece in pieces], -1)
         codes, scales = quantize_rows(x)
-        wide, weight, pieces = codes.float(), self.weight, _pieces(*self.weight.shape)
+        wide = codes.float()
         if isinstance(weight, Int8Weight):
             sums = torch.cat([_exact(wide, weight.values[piece].float()) for piece in pieces], -1)
             return sums.float() * scales.unsqueeze(-1) * weight.scales
         return torch.cat([_grouped(wide, weight.part(piece)) for piece in pieces], -1) * scales.unsqueeze(-1)
+
+
+def check_activations(weight: QuantizedWeight, activations: Activations) -> None:
+    """Raises `KernelError` if nothing multiplies the two: each format has its own way to round an input."""
+    if activations != "float" and (activations == "fp8") != isinstance(weight, Fp8Weight):
+        raise KernelError(f"{type(weight).__name__} has no products with an input in {activations}")
 
 
 def _pieces(outputs: int, width: int) -> Iterator[slice]:
@@ -113,4 +137,16 @@ def _grouped(x: Tensor, weight: Int4Weight) -> Tensor:
     parts = zip(torch.split(x, size, -1), torch.split(weight.codes().float(), size, -1), strict=True)
     for group, (left, right) in enumerate(parts):
         out.addcmul_(left @ right.T, scales[:, group])
+    return out
+
+
+def _blocked(x: Tensor, scales: Tensor, weight: Fp8Weight) -> Tensor:
+    """Codes [T, K] with `scales` [T, groups] times those of a weight: sums of each group times both scales, added
+    in order. [T, N] float32."""
+    out = torch.zeros(x.shape[0], weight.shape[0], device=x.device)
+    codes = weight.values.view(FP8).float()
+    each = weight.scales.repeat_interleave(weight.shared, 0)[: weight.shape[0]]
+    parts = zip(torch.split(x, FP8_BLOCK, -1), torch.split(codes, FP8_BLOCK, -1), strict=True)
+    for group, (left, right) in enumerate(parts):
+        out += (left @ right.T) * (scales[:, group].unsqueeze(-1) * each[:, group])
     return out

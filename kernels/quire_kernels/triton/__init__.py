@@ -20,13 +20,14 @@ from triton import knobs
 
 from quire_kernels.errors import BackendUnavailable, KernelError
 from quire_kernels.paging import PagedBatch
-from quire_kernels.quantized import Activations, QuantizedWeight
+from quire_kernels.quantized import Activations, Fp8Weight, QuantizedWeight
 from quire_kernels.triton import gate, heads, norm, rotation, tokens
 from quire_kernels.triton.attention import COUNTERS, Chip, StepAttention
 from quire_kernels.triton.experts import TritonExperts, route
 from quire_kernels.triton.product import TritonProduct
 from quire_kernels.triton.quantized import Room, TritonQuantizedProduct
 from quire_kernels.triton.rounding import Rounding
+from quire_kernels.triton.scaled import TritonScaledProduct
 
 if TYPE_CHECKING:
     from quire_kernels import Body, Experts, HeadNorms, Product
@@ -60,9 +61,10 @@ class TritonKernels:
     def quantized_product(
         self, weight: QuantizedWeight, bias: Tensor | None, activations: Activations, dtype: torch.dtype
     ) -> Product:
-        return TritonQuantizedProduct.of(
-            weight, bias, activations, dtype, self._room, self._rounding, self._chip.multiprocessors
-        )
+        chip = self._room, self._rounding, self._chip.multiprocessors
+        if isinstance(weight, Fp8Weight):
+            return TritonScaledProduct.of(weight, bias, activations, dtype, *chip)
+        return TritonQuantizedProduct.of(weight, bias, activations, dtype, *chip)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return norm.rms_norm(x, weight, eps, self._rounding)

@@ -30,7 +30,7 @@ Legend: M rows of x, N outputs, K inputs, g inputs of a group, P planes.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -40,7 +40,8 @@ import triton.language as tl
 from torch import Tensor
 
 from quire_kernels.errors import KernelError
-from quire_kernels.quantized import Activations, Int4Weight, Int8Weight, QuantizedWeight
+from quire_kernels.quantized import Activations, Int4Weight, Int8Weight, IntegerWeight
+from quire_kernels.reference.product import check_activations
 from quire_kernels.triton.bytes import NATIVE
 from quire_kernels.triton.launch import dependent, fetch, wait
 from quire_kernels.triton.rounding import Rounding
@@ -117,7 +118,7 @@ def _halves(pairs):
 
 
 @triton.jit
-def _sum_of_splits(acc, parts, arrivals, tile, splits, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):
+def sum_of_splits(acc, parts, arrivals, tile, splits, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):
     """Keeps this program's sums, and says whether it is the last of its tile; then also the sums of all."""
     size: tl.constexpr = BLOCK_N * BLOCK_M
     inside = (tl.arange(0, BLOCK_N) * BLOCK_M)[:, None] + tl.arange(0, BLOCK_M)[None, :]
@@ -268,7 +269,7 @@ def _product(
                     acc += sums.to(tl.float32) * scale[:, None]
     done = True
     if SPLIT:
-        acc, done = _sum_of_splits(acc, parts, arrivals, tile, splits, BLOCK_N, BLOCK_M)
+        acc, done = sum_of_splits(acc, parts, arrivals, tile, splits, BLOCK_N, BLOCK_M)
     if done:
         result = acc.to(tl.float32)
         if GROUP > 0:
@@ -352,7 +353,7 @@ class Packed:
     width: int
 
     @classmethod
-    def of(cls, weight: QuantizedWeight) -> Packed:
+    def of(cls, weight: IntegerWeight) -> Packed:
         """Takes over `weight`. 4 bits are copied: for that long they are there twice."""
         outputs, width = weight.shape
         if isinstance(weight, Int8Weight):
@@ -500,7 +501,7 @@ class TritonQuantizedProduct:
     @classmethod
     def of(
         cls,
-        weight: QuantizedWeight,
+        weight: IntegerWeight,
         bias: Tensor | None,
         activations: Activations,
         dtype: torch.dtype,
@@ -509,6 +510,7 @@ class TritonQuantizedProduct:
         multiprocessors: int,
     ) -> TritonQuantizedProduct:
         """See `Kernels.quantized_product`. Raises `KernelError` for what no kernel is made for."""
+        check_activations(weight, activations)
         rounds = activations == "int8"
         if isinstance(weight, Int4Weight) and rounds:
             raise KernelError("the triton back-end multiplies weights in 4 bits by floating-point activations")
@@ -527,7 +529,8 @@ class TritonQuantizedProduct:
         if rows == 0:
             return torch.empty((0, weight.outputs), dtype=self.dtype, device=x.device)
         if self.unpacks(rows):
-            return self._unpacked(x)
+            shape = weight.outputs, weight.width
+            return multiply_unpacked(x, self.bias, self.dtype, shape, self._unpack)
         codes, scales = self.rounding.of(x, 1 if self.rounds else 2)
         if codes.shape[0] == 1:
             line = line_for(weight.outputs, weight.width)
@@ -556,20 +559,28 @@ class TritonQuantizedProduct:
         if self.bias is not None:
             yield self.bias
 
-    def _unpacked(self, x: Tensor) -> Tensor:
-        outputs, width = self.weight.outputs, self.weight.width
-        out = torch.empty((x.shape[0], outputs), dtype=self.dtype, device=x.device)
-        step = outputs_at_a_time(outputs, width, self.dtype.itemsize)
-        scratch = torch.empty((step, width), dtype=self.dtype, device=x.device)
-        for first in range(0, outputs, step):
-            piece = scratch[: outputs - first]
-            unpack(self.weight, piece, first)
-            target = out[:, first : first + step]
-            if self.bias is None:
-                torch.mm(x, piece.T, out=target)
-            else:
-                torch.addmm(self.bias[first : first + step].to(self.dtype), x, piece.T, out=target)
-        return out
+    def _unpack(self, out: Tensor, first: int) -> None:
+        unpack(self.weight, out, first)
+
+
+def multiply_unpacked(
+    x: Tensor, bias: Tensor | None, dtype: torch.dtype, shape: tuple[int, int], fill: Callable[[Tensor, int], None]
+) -> Tensor:
+    """The product of x, of `dtype`, with a weight of that shape by cuBLAS. `fill(out, first)` writes its outputs
+    from `first` on into `out` [n, K]."""
+    outputs, width = shape
+    out = torch.empty((x.shape[0], outputs), dtype=dtype, device=x.device)
+    step = outputs_at_a_time(outputs, width, dtype.itemsize)
+    scratch = torch.empty((step, width), dtype=dtype, device=x.device)
+    for first in range(0, outputs, step):
+        piece = scratch[: outputs - first]
+        fill(piece, first)
+        target = out[:, first : first + step]
+        if bias is None:
+            torch.mm(x, piece.T, out=target)
+        else:
+            torch.addmm(bias[first : first + step].to(dtype), x, piece.T, out=target)
+    return out
 
 
 def outputs_at_a_time(outputs: int, width: int, itemsize: int) -> int:

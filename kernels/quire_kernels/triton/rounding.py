@@ -1,9 +1,11 @@
-"""Rows as codes of 8 bits, for products of whole numbers: one plane of them, or two.
+"""Rows as codes of 8 bits: for products of whole numbers one plane of them, or two; or floats of 8 bits.
 
     s = max |x| / 127,   a[k] = round(x[k] / s),   b[k] = round((x[k] / s - a[k]) · 254)
     x[k] ≈ s · a[k],   or   x[k] ≈ s · (a[k] + b[k] / 254)
 
 One plane is what `reference.bytes.quantize_rows` gives. Two have a row to 1/64,516 of its largest number.
+Floats are those of e4m3, with a scale for each 128 numbers of a row, as `reference.bytes.quantize_groups` gives
+them.
 
 Whoever has a row in registers may round it at once: a norm or a gate that is followed by such a product
 (`Rounding`) writes its codes beside its result, which saves every product of a layer but one a launch.
@@ -21,17 +23,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quire_kernels.triton.bytes import code_of, scale_of
+from quire_kernels.quantized import FP8_BLOCK, FP8_LARGEST
+from quire_kernels.triton.bytes import code_of, e4m3_of, scale_of
 from quire_kernels.triton.launch import dependent, wait
+
+FLOATS = 8
+"""Stands for a number of planes, where codes are floats: one plane."""
+_FLOATS = tl.constexpr(FLOATS)
+_GROUP, _LARGEST = tl.constexpr(FP8_BLOCK), tl.constexpr(FP8_LARGEST)
 
 
 class Codes(NamedTuple):
     """Rows in 8 bits."""
 
     planes: Tensor
-    """[M · P, K] int8, the planes of a row one after the other."""
+    """[M · P, K] int8, the planes of a row one after the other; of floats the bits."""
     scales: Tensor
-    """[M] float32."""
+    """[M] float32; of floats [M, ⌈K / 128⌉]."""
 
 
 class Rounding:
@@ -39,7 +47,7 @@ class Rounding:
 
     def __init__(self) -> None:
         self.planes = 0
-        """Of codes; 0 if nothing is rounded."""
+        """Of codes, or `FLOATS`; 0 if nothing is rounded."""
         self.most_rows = 0
         """More rows than these are multiplied as they are."""
         self._of: weakref.ref[Tensor] | None = None
@@ -47,7 +55,7 @@ class Rounding:
 
     def want(self, planes: int, most_rows: int) -> None:
         """A product wants codes of up to so many rows; all of a model want as many planes."""
-        self.planes, self.most_rows = planes, max(self.most_rows, most_rows)
+        self.planes, self.most_rows, self._codes = planes, max(self.most_rows, most_rows), None
 
     def beside(self, x: Tensor) -> Codes | None:
         """Room for codes of the rows `x`, which whoever writes `x` fills, too; None if nobody wants them."""
@@ -60,7 +68,7 @@ class Rounding:
     def of(self, x: Tensor, planes: int) -> Codes:
         """Codes of `x`: those that were written with it, handed out once, or new ones."""
         kept, self._codes = self._codes, None
-        if kept is not None and self._of is not None and self._of() is x and len(kept.planes) == len(x) * planes:
+        if kept is not None and self._of is not None and self._of() is x and self.planes == planes:
             return kept
         return round_rows(x, planes)
 
@@ -68,9 +76,11 @@ class Rounding:
 def empty_codes(x: Tensor, planes: int) -> Codes:
     """Room for codes of `x` [M, K]."""
     rows, width = x.shape
+    count = rows if planes == FLOATS else rows * planes
+    scales = (rows, -(-width // FP8_BLOCK)) if planes == FLOATS else (rows,)
     return Codes(
-        torch.empty((rows * planes, width), dtype=torch.int8, device=x.device),
-        torch.empty(rows, dtype=torch.float32, device=x.device),
+        torch.empty((count, width), dtype=torch.int8, device=x.device),
+        torch.empty(scales, dtype=torch.float32, device=x.device),
     )
 
 
@@ -87,23 +97,41 @@ def round_rows(x: Tensor, planes: int = 1) -> Codes:
 
 
 @triton.jit
+def floats_of(x):
+    """Rows [R, D] float32: the bits of codes of e4m3, int8, and scales [R] float32."""
+    size = tl.abs(x)
+    finite = size < float("inf")
+    most = tl.max(tl.where(finite, size, 0.0), 1)
+    inverse, scale = scale_of(most, tl.max(tl.where(finite, 0, 1), 1), _LARGEST)
+    return e4m3_of(tl.where(finite, x, 0.0) * inverse[:, None]).to(tl.int8), scale
+
+
+@triton.jit
 def write_codes(codes, scales, row, number, width, PLANES: tl.constexpr, BLOCK: tl.constexpr):
-    """Rounds one row, `number` [BLOCK] float32, zero behind its `width` numbers. A row with a number that is not
-    finite has NaN for its scale."""
+    """Rounds one row, `number` [BLOCK] float32, zero behind its `width` numbers. A row, or of floats what shares a
+    scale, with a number that is not finite has NaN for its scale."""
     ks = tl.arange(0, BLOCK)
     inside = ks < width
-    size = tl.abs(number)
-    finite = size < float("inf")
-    most = tl.max(tl.where(finite, size, 0.0), 0)
-    inverse, scale = scale_of(most, tl.max(tl.where(finite, 0, 1), 0))
-    scaled = tl.where(finite, number, 0.0) * inverse
-    code = code_of(scaled)
-    here = codes + row * PLANES * width + ks
-    tl.store(here, code.to(tl.int8), mask=inside)
-    if PLANES == 2:
-        left = code_of((scaled - code.to(tl.float32)) * 254.0)
-        tl.store(here + width, left.to(tl.int8), mask=inside)
-    tl.store(scales + row, scale)
+    if PLANES == _FLOATS:
+        GROUPS: tl.constexpr = (BLOCK + _GROUP - 1) // _GROUP
+        grouped = tl.reshape(number, (GROUPS, BLOCK // GROUPS))
+        code, scale = floats_of(grouped)
+        tl.store(codes + row * width + ks, tl.reshape(code, (BLOCK,)), mask=inside)
+        groups, count = tl.arange(0, GROUPS), tl.cdiv(width, _GROUP)
+        tl.store(scales + row * count + groups, scale, mask=groups < count)
+    else:
+        size = tl.abs(number)
+        finite = size < float("inf")
+        most = tl.max(tl.where(finite, size, 0.0), 0)
+        inverse, scale = scale_of(most, tl.max(tl.where(finite, 0, 1), 0))
+        scaled = tl.where(finite, number, 0.0) * inverse
+        code = code_of(scaled)
+        here = codes + row * PLANES * width + ks
+        tl.store(here, code.to(tl.int8), mask=inside)
+        if PLANES == 2:
+            left = code_of((scaled - code.to(tl.float32)) * 254.0)
+            tl.store(here + width, left.to(tl.int8), mask=inside)
+        tl.store(scales + row, scale)
 
 
 @triton.jit

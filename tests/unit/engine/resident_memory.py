@@ -132,7 +132,15 @@ def test_a_step_stays_below_the_plan(shape: dict[str, Any], tokens: int, tmp_pat
 
 @pytest.mark.parametrize("tokens", [100, 1000, 2000], ids=["padded", "program", "launched"])
 @pytest.mark.parametrize(
-    "quantization", [Quantization("int8"), Quantization("int8", "fp32"), Quantization("int4", "fp32", 32)], ids=str
+    "quantization",
+    [
+        Quantization("int8"),
+        Quantization("int8", "fp32"),
+        Quantization("int4", "fp32", 32),
+        Quantization("fp8", "fp8"),
+        pytest.param(Quantization("fp8", "fp32"), marks=pytest.mark.nightly),
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize("shape", [WIDE_HEAD, WIDE_QUANTIZED], ids=str)
 def test_a_quantized_step_stays_below_the_plan(
@@ -153,11 +161,17 @@ def test_a_quantized_step_stays_below_the_plan(
     found = highest(lambda: runner.execute(plan))
     assert found <= parts["step"]
     # room for the partial sums of the largest chip, and for part of a large weight unpacked, is counted whole
-    constant = gpu_sizing.ROOM_BYTES + (0 if quantization.activations == "int8" else gpu_sizing.SCRATCH_BYTES)
+    constant = gpu_sizing.ROOM_BYTES + (
+        0 if quantization.activations in ("int8", "fp8") else gpu_sizing.SCRATCH_BYTES
+    )
     assert found >= 0.6 * (parts["step"] - constant)
 
 
-@pytest.mark.parametrize("quantization", [Quantization("int8"), Quantization("int4", "fp32", 32)], ids=str)
+@pytest.mark.parametrize(
+    "quantization",
+    [Quantization("int8"), Quantization("int4", "fp32", 32), Quantization("fp8", "fp8")],
+    ids=str,
+)
 def test_quantizing_stays_below_the_plan(quantization: Quantization, tmp_path: Path) -> None:
     shape = WIDE_HEAD | {"vocab_size": 40_000}
     described = write_checkpoint(tmp_path, config(**shape))

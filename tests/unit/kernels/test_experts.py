@@ -14,7 +14,6 @@ Legend: T tokens, E experts, k of which each token goes through, W hidden width,
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import get_args
 
 import pytest
 import torch
@@ -119,7 +118,7 @@ def test_experts_of_floats(kernels: Kernels, shape: tuple[int, ...], dtype: torc
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("activations", get_args(Activations))
+@pytest.mark.parametrize("activations", ["int8", "float"])
 @pytest.mark.parametrize("shape", [(1, 4, 2, 64, 96), (5, 3, 3, 96, 160), (130, 4, 2, 64, 32)], ids=str)
 def test_experts_of_integers(
     kernels: Kernels, shape: tuple[int, ...], activations: Activations, bits: int

@@ -15,8 +15,8 @@ from tests.effort import times
 from tests.unit.kernels.test_backends import BACKENDS, backend
 from torch import Tensor
 
-from quire_kernels import Activations, Int4Weight, Int8Weight, KernelError, Kernels, QuantizedWeight
-from quire_kernels.quantized import quantize_int4, quantize_int8
+from quire_kernels import Activations, Int4Weight, Int8Weight, KernelError, Kernels
+from quire_kernels.quantized import IntegerWeight, quantize_int4, quantize_int8
 from quire_kernels.reference.bytes import quantize_rows
 
 ROWS = times((1, 6, 8, 13, 33), (1, 2, 5, 6, 7, 8, 9, 12, 13, 33))
@@ -32,17 +32,17 @@ def kernels(request: pytest.FixtureRequest) -> Kernels:
     return backend(request.param)
 
 
-def copied(weight: QuantizedWeight) -> QuantizedWeight:
+def copied(weight: IntegerWeight) -> IntegerWeight:
     """For a product takes over what it is given."""
     return weight.part(torch.arange(weight.shape[0]))
 
 
-def random_weight(outputs: int, width: int, group_size: int | None) -> QuantizedWeight:
+def random_weight(outputs: int, width: int, group_size: int | None) -> IntegerWeight:
     rows = torch.randn(outputs, width) / width**0.5
     return quantize_int8(rows) if group_size is None else quantize_int4(rows, group_size)
 
 
-def in_whole_numbers(x: Tensor, weight: QuantizedWeight) -> Tensor:
+def in_whole_numbers(x: Tensor, weight: IntegerWeight) -> Tensor:
     """The product of rounded rows, [T, N] double."""
     codes, scales = quantize_rows(x.float())
     if isinstance(weight, Int8Weight):
@@ -54,7 +54,7 @@ def in_whole_numbers(x: Tensor, weight: QuantizedWeight) -> Tensor:
     return (sums.double() * weight.scales.double()).sum(-1) * scales.double()[:, None]
 
 
-def close(found: Tensor, expected: Tensor, weight: QuantizedWeight, x: Tensor) -> None:
+def close(found: Tensor, expected: Tensor, weight: IntegerWeight, x: Tensor) -> None:
     """Equal but for float32: sums of `groups` terms, each rounded, then of the result in its own dtype."""
     terms = weight.scales.shape[1] if isinstance(weight, Int4Weight) else 1
     size = x.double().abs() @ weight.dequantized().double().abs().T

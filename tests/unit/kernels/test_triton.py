@@ -15,7 +15,7 @@ from tests.effort import times
 
 HERE = Path(__file__).parent
 COMPILING = ["80", "90", "100"]
-BY_NIGHT = {"triton_ops_experts.py", "triton_ops_quantized.py"}
+BY_NIGHT = {"triton_ops_experts.py", "triton_ops_quantized.py", "triton_ops_scaled.py"}
 """Suites that take the interpreter longest; CI has those that every model needs, without their longest cases."""
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import KernelInterface
 
-from quire_kernels import HeadNorms
+from quire_kernels import Fp8Weight, HeadNorms
 from quire_kernels.paging import PagedBatch
 from quire_kernels.reference.bytes import E4M3, LARGEST
 from quire_kernels.triton import (
@@ -34,14 +34,16 @@ from quire_kernels.triton import (
     rotation,
     rounding,
     sample,
+    scaled,
     step,
     tokens,
 )
 from quire_kernels.triton.attention import COUNTERS, Chip, StepAttention
 
 BF16, F32 = torch.bfloat16, torch.float32
-PLAIN, ROUNDED = rounding.Rounding(), rounding.Rounding()
+PLAIN, ROUNDED, IN_FLOATS = rounding.Rounding(), rounding.Rounding(), rounding.Rounding()
 ROUNDED.want(1, 1 << 30)
+IN_FLOATS.want(rounding.FLOATS, 1 << 30)
 COUNTED = torch.zeros(COUNTERS, dtype=torch.int32)
 
 
@@ -94,6 +96,22 @@ def multiply_quantized(
     if planes == 2:
         quantized.unpack(weight, new(rows, width, dtype=dtype), 0)
         quantized.unpack(weight, new(rows, width, dtype=dtype), 0, new(rows, dtype=torch.int64))
+
+
+def multiply_scaled(
+    rows: int, outputs: int, width: int, *, rounds: bool, shared: int = 128, dtype: torch.dtype = BF16
+) -> None:
+    weight = Fp8Weight(new(outputs, width, dtype=torch.uint8), new(1, 1, dtype=F32), shared)
+    x = new(rows, width, dtype=dtype)
+    given = rounding.round_rows(x, rounding.FLOATS) if rounds else x
+    tiling, room = (
+        scaled.tiling_for(rows, outputs, width, 132, rounded=rounds),
+        quantized.Room(torch.device("cpu")),
+    )
+    scaled.native.cache_clear()  # what it says is of one GPU
+    scaled.multiply(given, weight, new(outputs, dtype=F32), dtype, tiling, room, by_chip=scaled.native())
+    scaled.unpack(weight, x, 0)
+    scaled.unpack(weight, x, 0, new(rows, dtype=torch.int64))
 
 
 def through_experts(
@@ -179,6 +197,10 @@ LAUNCHES: list[Callable[[], Any]] = [
     lambda: gate.silu_mul(new(3, 2 * 14336), ROUNDED),
     lambda: multiply_quantized(1, 4096, 4096, 0, 1),
     lambda: multiply_quantized(8, 4096, 4096, 32, 2),
+    lambda: norm.add_rms_norm(new(3, 4096), new(3, 4096), new(4096), 1e-6, IN_FLOATS),
+    lambda: gate.silu_mul(new(3, 2 * 14336), IN_FLOATS),
+    lambda: multiply_scaled(8, 4096, 4096, rounds=True),
+    lambda: multiply_scaled(8, 4096, 4096, rounds=False),
     lambda: attend([1] * 2, 999, 8, 4, 128, H200, None),
     lambda: attend([1] * 64, 999, 8, 2, 128, H200, None),
     lambda: attend([1, 40], 99, 8, 4, 128, A100, None),
@@ -214,6 +236,19 @@ MORE: list[Callable[[], Any]] = [
         )
         for size, planes in ((0, 1), (0, 2), (32, 2), (64, 2), (128, 2))
     ),
+    *(
+        partial(multiply_scaled, rows, outputs, width, rounds=rounds, shared=shared, dtype=dtype)
+        for rows, outputs, width, shared, dtype in (
+            (1, 28672, 4096, 128, BF16),
+            (32, 4096, 14336, 128, BF16),
+            (64, 6144, 4096, 128, BF16),
+            (128, 28672, 4096, 128, BF16),
+            (256, 28672, 4096, 128, BF16),
+            (20, 1001, 900, 1, torch.float16),
+        )
+        for rounds in (True, False)
+    ),
+    lambda: norm.rms_norm(new(3, 80), new(80), 1e-6, IN_FLOATS),
     *(
         partial(attend, counts, 999, *heads, chip, window)
         for counts in ([1], [1] * 64, [1, 40])

@@ -18,8 +18,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from quire_kernels import Activations, KernelError, QuantizedWeight
-from quire_kernels.quantized import Int4Weight, Int8Weight, quantize_int4, quantize_int8
+from quire_kernels import Activations, KernelError
+from quire_kernels.quantized import Int4Weight, Int8Weight, IntegerWeight, quantize_int4, quantize_int8
 from quire_kernels.reference.bytes import quantize_rows
 from quire_kernels.triton import INTERPRETED, TritonKernels, quantized, rounding
 from quire_kernels.triton.quantized import Line, Packed, Room, Tiling
@@ -44,12 +44,12 @@ def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Te
     return torch.randn(shape, generator=source, device=DEVICE).to(dtype)
 
 
-def weight_of(outputs: int, width: int, group_size: int | None) -> QuantizedWeight:
+def weight_of(outputs: int, width: int, group_size: int | None) -> IntegerWeight:
     rows = random(outputs, width, seed=1) / width**0.5
     return quantize_int8(rows) if group_size is None else quantize_int4(rows, group_size)
 
 
-def copied(weight: QuantizedWeight) -> QuantizedWeight:
+def copied(weight: IntegerWeight) -> IntegerWeight:
     """For a product takes over what it is given."""
     return weight.part(torch.arange(weight.shape[0], device=DEVICE))
 

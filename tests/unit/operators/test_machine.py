@@ -305,6 +305,26 @@ def test_a_quantization_reaches_the_engine(declared: dict[str, Any], expected: Q
     assert msgspec.json.decode(msgspec.json.encode(engine), type=EngineSpec).quantization == expected
 
 
+def test_a_checkpoint_in_fp8_runs_on_either_device() -> None:
+    coded = TINY | {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
+    with_gpu = replace(CPU, gpus=(Gpu(0, "g", 80 * GIB, 80 * GIB),))
+    found, wide = placed(with_gpu, coded), placed(CPU, coded)
+    assert (found.device, str(found.quantization)) == ("cuda", "fp8, fp8 activations")
+    assert found.weights == weight_bytes(profile_from_config(coded), "bfloat16", found.quantization)
+    assert wide.quantization is None
+    assert wide.weights == placed(CPU).weights > found.weights
+    assert Placement.from_dict(json.loads(json.dumps(found.as_dict()))) == found
+    with pytest.raises(NoSuchNumbers, match="on a GPU alone") as refused:
+        placed(CPU, coded, quantization={"method": "fp8"})
+    assert refused.value.path == "spec.quantization.method"
+    experts = coded | {"architectures": ["MixtralForCausalLM"], "num_key_value_heads": 4}
+    some, all_of_it = placed(with_gpu, experts), placed(CPU, experts)
+    assert str(some.quantization) == "fp8, fp8 activations"
+    assert all_of_it.weights > some.weights > 0.8 * all_of_it.weights, "experts are widened"
+    with pytest.raises(NoSuchNumbers, match=r"quantized experts.*CPU alone"):
+        placed(with_gpu, experts, quantization={"method": "int8"})
+
+
 def test_a_quantization_that_cannot_be_is_refused_at_its_field() -> None:
     with_gpu = replace(CPU, gpus=(Gpu(0, "g", 80 * GIB, 80 * GIB),))
     with pytest.raises(NoSuchNumbers, match="runs on a GPU") as refused:

@@ -26,6 +26,7 @@ from quire_schemas.checkpoint_files import (
     read_header,
     read_tensors,
 )
+from quire_schemas.fp8 import Fp8Profile
 
 SMALL: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -39,6 +40,7 @@ SMALL: dict[str, Any] = {
 }
 
 
+FP8: dict[str, Any] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
 MIXTRAL = {"architectures": ["MixtralForCausalLM"], "num_key_value_heads": 2}
 
 
@@ -286,6 +288,19 @@ def test_config_values_that_make_no_sense(change: dict[str, Any], words: list[st
         ({"hidden_act": "gelu"}, ["hidden_act: gelu"]),
         ({"dtype": "float64"}, ["dtype: float64"]),
         ({"quantization_config": {"quant_method": "gptq"}}, ["quantised by gptq"]),
+        ({"quantization_config": [1]}, ["quantised by unnamed"]),
+        ({"quantization_config": {"quant_method": "fp8"}}, ["weight_block_size: None"]),
+        ({"quantization_config": FP8 | {"weight_block_size": [1, 128]}}, ["weight_block_size:"]),
+        ({"quantization_config": FP8 | {"weight_block_size": [128.0, 128]}}, ["weight_block_size:", "128.0, 128"]),
+        (
+            {"quantization_config": FP8 | {"activation_scheme": "static"}},
+            ["activation_scheme: 'static'", "dynamic"],
+        ),
+        ({"quantization_config": FP8 | {"fmt": "e5m2"}}, ["fmt: 'e5m2'"]),
+        ({"quantization_config": FP8 | {"scale_fmt": "ue8m0"}}, ["scale_fmt: 'ue8m0'"]),
+        ({"quantization_config": FP8 | {"dequantize": 0}}, ["dequantize: 0"]),
+        ({"quantization_config": FP8 | {"modules_to_convert": ["lm_head"]}}, ["modules_to_convert:"]),
+        ({"quantization_config": FP8 | {"kv_cache_scheme": {}}}, ["quantization_config.kv_cache_scheme"]),
         ({"auto_map": {"AutoModel": "m.M"}}, ["auto_map"]),
         ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor: 0.5"]),
         ({"rope_scaling": {"rope_type": "longrope"}}, ["rope type 'longrope'", "default, linear, dynamic"]),
@@ -299,6 +314,38 @@ def test_config_values_that_make_no_sense(change: dict[str, Any], words: list[st
 def test_known_architectures_with_unknown_features(change: dict[str, Any], words: list[str]) -> None:
     with refused(UnsupportedFeature, *words):
         profile_from_config(SMALL | change)
+
+
+def test_what_a_checkpoint_in_fp8_takes_is_known_from_its_config() -> None:
+    """As it is published, before the weights are there."""
+    full = FP8 | {
+        "fmt": "e4m3",
+        "activation_scheme": "dynamic",
+        "modules_to_not_convert": ["lm_head", "mlp.up_proj"],
+    }
+    profile, plain = profile_from_config(SMALL | {"quantization_config": full}), profile_from_config(SMALL)
+    assert profile.fp8 is not None
+    coded = [(n, s) for n, s in expected_tensors(plain) if n.endswith("_proj.weight") and "up_proj" not in n]
+    assert coded == [(name, shape) for name, shape in expected_tensors(profile) if profile.fp8.holds(name, shape)]
+    assert plain.dtype == "float32"
+    saved = sum(3 * math.prod(shape) - 4 * math.prod(-(-n // 128) for n in shape) for _, shape in coded)
+    assert profile.weight_bytes == plain.weight_bytes - saved
+
+
+@pytest.mark.parametrize("names", ["lm_head", [3], [""], {}])
+def test_modules_that_are_kept_are_a_list_of_names(names: object) -> None:
+    with refused(InvalidConfig, "quantization_config.modules_to_not_convert"):
+        profile_from_config(SMALL | {"quantization_config": FP8 | {"modules_to_not_convert": names}})
+
+
+def test_modules_that_are_kept_have_two_spellings_that_may_not_differ() -> None:
+    names = ["lm_head", "mlp.down_proj"]
+    for keys in (["modules_to_not_convert"], ["ignored_layers"], ["modules_to_not_convert", "ignored_layers"]):
+        found = profile_from_config(SMALL | {"quantization_config": FP8 | dict.fromkeys(keys, names)})
+        assert found.fp8 == Fp8Profile(tuple(names))
+    both = {"modules_to_not_convert": names, "ignored_layers": ["lm_head"]}
+    with refused(InvalidConfig, "ignored_layers: has other names"):
+        profile_from_config(SMALL | {"quantization_config": FP8 | both})
 
 
 @pytest.mark.parametrize("value", [["GPT2LMHeadModel"], ["LlamaModel"], [], None, "LlamaForCausalLM", [3]])

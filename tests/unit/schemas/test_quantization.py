@@ -10,6 +10,7 @@ import pytest
 from tests.unit.schemas.test_sizing import LLAMA_8B, QWEN_HALF_B, ask, gpu, offers
 
 from quire_schemas.checkpoint import ModelProfile
+from quire_schemas.fp8 import Fp8Profile
 from quire_schemas.quantization import FLOATS, GROUP_SIZES, Unquantizable, resolve
 from quire_schemas.sizing import GIB, activation_bytes, fit, weight_bytes
 from quire_schemas.wire import Quantization
@@ -77,6 +78,82 @@ def test_what_cannot_be_is_refused_by_name(
     assert hint in refused.value.hint
     if "groupSize: " in refused.value.hint:
         assert resolve(section("int4"), profile, dtype=dtype, device=device) is not None
+
+
+INT8 = Quantization("int8")
+
+
+def in_fp8(profile: ModelProfile, *kept: str) -> ModelProfile:
+    return replace(profile, fp8=Fp8Profile(kept))
+
+
+@pytest.mark.parametrize("declared", [section("none"), section("fp8"), section("fp8", "fp8")])
+def test_a_checkpoint_in_fp8_is_that_on_a_gpu(declared: dict[str, Any]) -> None:
+    found = resolve(declared, in_fp8(LLAMA_8B), dtype="bfloat16", device="cuda")
+    assert found == Quantization("fp8", "fp8")
+    assert str(found) == "fp8, fp8 activations"
+    assert msgspec.json.decode(msgspec.json.encode(found), type=Quantization) == found
+
+
+def test_a_checkpoint_in_fp8_is_widened_on_a_cpu_unless_it_is_made_integers() -> None:
+    coded = in_fp8(LLAMA_8B)
+    assert resolve(section("none"), coded, dtype="bfloat16", device="cpu") is None
+    assert weight_bytes(coded, "bfloat16") == weight_bytes(LLAMA_8B, "bfloat16")
+    said = "weights in fp8 are widened to bfloat16, for nothing on a CPU multiplies them"
+    assert said in "".join(fit(coded, ask()).lines())
+    assert "widened" not in "".join(fit(LLAMA_8B, ask()).lines() + fit(coded, ask(quantization=INT8)).lines())
+    for device in ("cpu", "cuda"):
+        found = resolve(section("int8"), coded, dtype="bfloat16", device=device)
+        assert found == Quantization("int8")
+        assert weight_bytes(coded, "bfloat16", found) == weight_bytes(LLAMA_8B, "bfloat16", found)
+
+
+@pytest.mark.parametrize(
+    ("declared", "profile", "dtype", "device", "field", "words", "hint"),
+    [
+        (section("fp8"), LLAMA_8B, "bfloat16", "cpu", "method", "on a GPU alone", "method: int8"),
+        (section("fp8"), in_fp8(LLAMA_8B), "bfloat16", "cpu", "method", "on a GPU alone", "method: none, which"),
+        (section("fp8", "int8"), LLAMA_8B, "bfloat16", "cuda", "activations", "do not meet int8", "auto, or bf16"),
+        (section("int8", "fp8"), LLAMA_8B, "bfloat16", "cuda", "activations", "do not meet fp8", "auto, or bf16"),
+        (section("fp8", "bf16"), LLAMA_8B, "float16", "cuda", "activations", "are float16", "bfloat16"),
+        (
+            section("none"),
+            in_fp8(LLAMA_8B, "layers.3.self_attn.k_proj"),
+            *(
+                "bfloat16",
+                "cuda",
+                "method",
+                "3.self_attn.q_proj.weight is in fp8 and .*k_proj",
+                "engine.device: cpu",
+            ),
+        ),
+    ],
+)
+def test_fp8_that_cannot_be_is_refused_by_name(
+    declared: dict[str, Any], profile: ModelProfile, dtype: str, device: Any, field: str, words: str, hint: str
+) -> None:
+    with pytest.raises(Unquantizable, match=words) as refused:
+        resolve(declared, profile, dtype=dtype, device=device)
+    assert refused.value.field == field
+    assert hint in refused.value.hint
+
+
+def test_bytes_of_fp8() -> None:
+    """By hand, as below: a float32 for each 128 × 128 numbers of the linear layers; a head has no whole number of
+    them in general, but 128,256 = 1002 × 128."""
+    linear, head, norms = 6_979_321_856, 525_336_576, 266_240
+    found = weight_bytes(LLAMA_8B, "bfloat16", Quantization("fp8", "fp8"))
+    assert found == (linear + head) + 4 * (linear + head) // 16384 + 2 * (head + norms)
+    coded = weight_bytes(in_fp8(LLAMA_8B), "bfloat16", Quantization("fp8", "fp8"))
+    assert coded == linear + 4 * linear // 16384 + 2 * (2 * head + norms), (
+        "embedding and head as the file has them"
+    )
+    kept = in_fp8(LLAMA_8B, "mlp.down_proj")
+    more = weight_bytes(kept, "bfloat16", Quantization("fp8", "fp8")) - coded
+    assert more == 32 * (4096 * 14336 - 4 * 32 * 112)
+    gpu_report = fit(LLAMA_8B, replace(gpu(16), quantization=Quantization("fp8", "fp8")))
+    assert gpu_report.weights == found
+    assert "(fp8, fp8 activations)" in gpu_report.lines()[0]
 
 
 def test_bytes_of_known_checkpoints() -> None:

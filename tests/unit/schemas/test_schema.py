@@ -164,7 +164,7 @@ FULL_SPEC: dict[str, Any] = {
         "extraArgs": ["--x"],
     },
     "parallelism": {"tensor": 4, "pipeline": 1, "data": 1, "expert": False},
-    "quantization": {"method": "fp8", "format": "auto", "activations": "bf16", "groupSize": 128},
+    "quantization": {"method": "gptq", "format": "auto", "activations": "bf16", "groupSize": 128},
     "batching": {"policy": "slo", "slo": {"ttftP95": "500ms", "itlP95": "40ms"}, "maxQueueWait": "60s"},
     "speculative": {"method": "draft", "source": "hf://a/b", "numTokens": 4},
     "lora": {"maxRank": 64, "adapters": [{"name": "sql", "source": "hf://a/b"}]},
