@@ -143,8 +143,8 @@ class RandomWeights:
         self._shapes = dict(expected_tensors(profile))
         self._generator = torch.Generator(CUDA).manual_seed(0)
 
-    def tensor(self, name: str) -> Tensor:
-        return self.stack([name])
+    def tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        return self.stack([name]).to(dtype or self.dtype)
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._shapes[name]
@@ -157,6 +157,12 @@ class RandomWeights:
 
     def stays(self, name: str) -> bool:
         return False
+
+    def turned(self, name: str, parts: int = 1) -> list[Tensor]:
+        count, inputs, outputs = self._shapes[name]
+        shape = (count, outputs // parts, inputs)
+        made = (torch.empty(shape, dtype=torch.bfloat16, device=CUDA) for _ in range(parts))
+        return [each.normal_(0.0, 0.02, generator=self._generator) for each in made]
 
     def stack(self, names: Sequence[str]) -> Tensor:
         shapes = [self._shapes[name] for name in names]

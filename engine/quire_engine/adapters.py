@@ -26,7 +26,7 @@ from torch import Tensor
 
 from quire_engine.layers.linear import Linear
 from quire_engine.quantization import LinearMethod
-from quire_kernels import Experts, Kernels, PagedBatch, Product
+from quire_kernels import Clamp, Experts, Kernels, PagedBatch, Product
 from quire_schemas.adapters import AdapterProfile, digest_of, even, read_adapter
 from quire_schemas.checkpoint import ModelProfile
 from quire_schemas.checkpoint_files import BadHeader, TensorInfo, WrongTensors
@@ -159,6 +159,9 @@ class WithAdapters:
 
     def experts(self, gate: Sequence[str], up: Sequence[str], down: Sequence[str]) -> Experts:
         return self.base.experts(gate, up, down)
+
+    def turned_experts(self, at: str, clamp: Clamp | None) -> Experts:
+        return self.base.turned_experts(at, clamp)
 
     def _addition(self, adapter: AdapterProfile, prefix: str, parts: Sequence[str], part: str) -> Addition:
         first = sum(self.base.outputs(f"{prefix}.{before}.weight") for before in parts[: parts.index(part)])

@@ -18,6 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from quire_engine import mxfp4
 from quire_kernels.errors import KernelError
 from quire_kernels.memory import large_pages
 from quire_kernels.quantized import check_codes, check_scales, widened
@@ -35,14 +36,18 @@ _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 class TensorSource(Protocol):
     """Where a model's parameters come from, by the names that its checkpoint has for them."""
 
-    def tensor(self, name: str) -> Tensor:
-        """One tensor as a parameter of its own."""
+    def tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """One tensor as a parameter of its own, in the dtype of all others or another one."""
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of one tensor."""
 
     def stack(self, names: Sequence[str]) -> Tensor:
         """Tensors that agree in all but the first dimension, one after the other along it."""
+
+    def turned(self, name: str, parts: int = 1) -> list[Tensor]:
+        """A tensor [E, K, N], whose matrices have inputs before outputs, as parameters [E, N / parts, K]: output n
+        is number n // parts of part n % parts."""
 
 
 class Weights:
@@ -71,9 +76,9 @@ class Weights:
         if profile.tie_word_embeddings and "lm_head.weight" in self._tensors:
             self._require_equal("lm_head.weight", "model.embed_tokens.weight")
 
-    def tensor(self, name: str) -> Tensor:
+    def tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """See `TensorSource`."""
-        return self.stack([name])
+        return self.stack([name], dtype)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of a tensor as the file has it."""
@@ -90,6 +95,52 @@ class Weights:
             self._fill(result[at : at + info.shape[0]].view(-1), info)
             at += info.shape[0]
         return result
+
+    def turned(self, name: str, parts: int = 1) -> list[Tensor]:
+        """See `TensorSource`. One matrix at a time is there as the file has it. What is in MXFP4 is widened."""
+        info = self._tensors.get(name)
+        if info is None:
+            return self._unpacked(name, parts)
+        count, inputs, outputs = info.shape
+        shape, size = (count, outputs // parts, inputs), info.nbytes // count
+        found = [large_pages(torch.empty(shape, dtype=self.dtype, device=self.device)) for _ in range(parts)]
+        staging = torch.empty(size, dtype=torch.uint8)
+        # `_read` fills a buffer that holds the whole tensor further along: of one matrix that is the same
+        for number, length in enumerate(self._read(info, staging, size)):
+            matrix = staging.view(_DTYPES[info.dtype]).view(inputs, outputs).T
+            for part, target in enumerate(found):
+                target[number].copy_(matrix[part::parts])
+                self._check(target[number], info)
+            self._advance(length)
+        return found
+
+    def _unpacked(self, name: str, parts: int) -> list[Tensor]:
+        codes, scales = self._tensors[f"{name}_blocks"], self._tensors[f"{name}_scales"]
+        count, outputs, groups, _ = codes.shape
+        powers = torch.empty(scales.nbytes, dtype=torch.uint8)
+        for length in self._read(scales, powers):
+            self._advance(length)
+        if bool((powers == mxfp4.NO_SCALE).any()):
+            raise WrongTensors(
+                f"{scales.file.name}: tensor {scales.name} has powers that are no numbers",
+                "the file is damaged, or its numbers were never right",
+            )
+        powers = powers.view(scales.shape)
+        shape, size = (count, outputs // parts, groups * mxfp4.GROUP), codes.nbytes // count
+        found = [large_pages(torch.empty(shape, dtype=self.dtype, device=self.device)) for _ in range(parts)]
+        staging = torch.empty(size, dtype=torch.uint8)
+        step = parts * max(1, QUANTIZED_AT_A_TIME // (parts * shape[2]))
+        for number, length in enumerate(self._read(codes, staging, size)):
+            matrix = staging.view(codes.shape[1:])
+            for first in range(0, outputs, step):
+                some = slice(first, first + step)
+                wide = mxfp4.widened(matrix[some], powers[number, some])
+                for part, target in enumerate(found):
+                    piece = target[number, first // parts : (first + step) // parts]
+                    piece.copy_(wide[part::parts])
+                    self._check(piece, codes)
+            self._advance(length)
+        return found
 
     def is_coded(self, name: str) -> bool:
         """Whether the file has a matrix in fp8."""
@@ -154,18 +205,22 @@ class Weights:
             return
         staging = torch.empty(min(PIECE, info.nbytes), dtype=torch.uint8)
         at = 0
-        narrows = target.dtype == torch.float16 and stored != torch.float16
         for length in self._read(info, staging):
             numbers = staging[:length].view(stored)
             piece = target[at : at + numbers.shape[0]]
             piece.copy_(numbers)
-            if narrows and not bool(torch.isfinite(piece).all()):
-                raise WrongTensors(
-                    f"{info.file.name}: tensor {info.name} has numbers that float16 cannot hold",
-                    "set spec.engine.dtype to bfloat16 or float32",
-                )
+            self._check(piece, info)
             at += numbers.shape[0]
             self._advance(length)
+
+    def _check(self, piece: Tensor, info: TensorInfo) -> None:
+        """Of numbers that were read."""
+        narrowed = piece.dtype == torch.float16 and info.dtype != "F16"
+        if narrowed and not bool(torch.isfinite(piece).all()):
+            raise WrongTensors(
+                f"{info.file.name}: tensor {info.name} has numbers that float16 cannot hold",
+                "set spec.engine.dtype to bfloat16 or float32",
+            )
 
     def _widen(self, target: Tensor, info: TensorInfo) -> None:
         """As `_fill`, of a matrix in fp8."""

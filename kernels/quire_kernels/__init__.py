@@ -26,6 +26,7 @@ __all__ = [
     "Activations",
     "BackendUnavailable",
     "Body",
+    "Clamp",
     "Experts",
     "Fp8Weight",
     "HeadNorms",
@@ -50,10 +51,19 @@ class HeadNorms:
     """RMS norms of each head's queries and keys before they are rotated (QK-norm, as in Qwen3)."""
 
     query: Tensor
-    """[D]."""
+    """[D], of the dtype of what is normed or float32."""
     key: Tensor
-    """[D]."""
+    """[D], likewise."""
     eps: float
+
+
+@dataclass(slots=True, frozen=True)
+class Clamp:
+    """A gate of experts that is clamped (gpt-oss): (1 + up) · gate · sigmoid(alpha · gate), of min(gate, limit)
+    and of up within ±limit."""
+
+    alpha: float
+    limit: float
 
 
 Body = Callable[[Tensor, Sequence[PagedBatch]], Tensor]
@@ -81,7 +91,7 @@ class Experts(Protocol):
     """The gated MLPs of one layer, of which each token goes through a few."""
 
     def __call__(self, x: Tensor, choice: Tensor, shares: Tensor) -> Tensor:
-        """Σ_r shares[t, r] · down(silu(gate(x[t])) · up(x[t])) of the experts choice[t, r].
+        """Σ_r shares[t, r] · down(silu(gate(x[t])) · up(x[t])) of the experts choice[t, r]; or clamped (`Clamp`).
 
         `x` [T, W]; `choice` [T, k] int64, numbers below E, none twice for a token; `shares` [T, k] float32.
         Returns [T, W] in the dtype of x. Sums are float32, their terms in the order of the experts' numbers.
@@ -131,7 +141,7 @@ class Kernels(Protocol):
         """
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """x / sqrt(mean(x²) + eps) · weight. `x` [T, W], `weight` [W]; a new tensor."""
+        """x / sqrt(mean(x²) + eps) · weight. `x` [T, W], `weight` [W], of its dtype or float32; a new tensor."""
 
     def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
         """Adds `x` to `residual` in place, then gives the norm of the sum. All [T, W]."""
@@ -175,8 +185,20 @@ class Kernels(Protocol):
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         """silu(gate) · up. `gate_up` [T, 2·I], gate first; returns [T, I]."""
 
-    def experts(self, gate: Tensor, up: Tensor, down: Tensor) -> Experts:
-        """Takes over weights of all experts, dense and of one dtype: `gate` and `up` [E, I, W], `down` [E, W, I].
+    def gelu_mul(self, gate_up: Tensor) -> Tensor:
+        """The same with gelu as tanh approximates it: g / 2 · (1 + tanh(√(2 / π) · (g + 0.044715 · g³)))."""
+
+    def experts(
+        self,
+        gate: Tensor,
+        up: Tensor,
+        down: Tensor,
+        *,
+        biases: tuple[Tensor, Tensor, Tensor] | None = None,
+        clamp: Clamp | None = None,
+    ) -> Experts:
+        """Takes over weights of all experts, dense and of one dtype: `gate` and `up` [E, I, W], `down` [E, W, I];
+        and their `biases`, [E, I], [E, I] and [E, W]. Without a `clamp` the gate is silu's.
 
         Raises `KernelError` if they differ.
         """
@@ -210,6 +232,9 @@ class Kernels(Protocol):
     def take(self, x: Tensor, rows: Tensor) -> Tensor:
         """Rows `rows` [T] int64 of `x` [any, W], [T, W]."""
 
+    def multiply(self, x: Tensor, factor: float) -> Tensor:
+        """Multiplies `x` [T, W] in place by `factor`, which is rounded to its dtype before, and returns it."""
+
     def recorded(self, body: Body) -> Body:
         """What computes `body` in the way that this back-end likes best.
 
@@ -226,6 +251,9 @@ class Kernels(Protocol):
 
     def largest_of(self, product: Product, x: Tensor) -> tuple[Tensor, Tensor]:
         """`largest` of what `product.wide(x)` would give, which need not be there at any time."""
+
+    def cap_logits(self, logits: Tensor, cap: float) -> None:
+        """cap · tanh(x / cap) of each of `logits` [R, V] float32, dense, in place. NaN stays NaN."""
 
     def mask_tokens(self, logits: Tensor, rows: Tensor, bits: Tensor) -> None:
         """-inf, in place, wherever a bit is not set: `bits` [M, B] uint8, bit v % 8 of byte v // 8 for token v,

@@ -2,8 +2,8 @@
 
 `config.json` is read by one Pydantic class per supported architecture; the defaults are those of transformers,
 whose files leave out every key that equals its default. What would change the numbers and is not supported is
-refused by name: other activations, partly rotated heads, rope variants, code in the folder, weights quantised in
-another way than `fp8` reads.
+refused by name: other activations, partly rotated heads, rope variants, tokens that see later ones, code in the
+folder, weights quantised in another way than is read here (`fp8`, and MXFP4 of gpt-oss).
 
 How files are read, and all that can be wrong with them, is in `checkpoint_files`.
 """
@@ -11,10 +11,10 @@ How files are read, and all that can be wrong with them, is in `checkpoint_files
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -36,7 +36,12 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _WEIGHT_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
+MXFP4_GROUP = 32
+"""Inputs that share a power of two."""
+
 LayerKind = Literal["full", "sliding"]
+Activation = Literal["silu", "gelu"]
+"""Of the gate of an MLP; `gelu` is approximated by tanh."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +60,19 @@ class ExpertsProfile:
     """What the checkpoint calls it within a layer."""
     projections: tuple[str, str, str]
     """Its names for gate, up and down."""
+    router_name: str = "gate"
+    turned: bool = False
+    """All of a layer lie in one tensor for gate and up, in turns, and one for down, both with inputs before
+    outputs; they have biases, and so has the router."""
+    packed: bool = False
+    """These two are stored in MXFP4, with outputs before inputs: `_blocks`, a byte for two numbers of a row, and
+    `_scales`, one for the power of two of every 32."""
+    clamp: tuple[float, float] | None = None
+    """Alpha and limit of a gate that is clamped (`quire_kernels.Clamp`); None is silu."""
 
     def router(self, layer: int) -> str:
         """The name of a layer's router, without `.weight`."""
-        return f"model.layers.{layer}.{self.block}.gate"
+        return f"model.layers.{layer}.{self.block}.{self.router_name}"
 
     def expert(self, layer: int, number: int) -> str:
         """The name that the projections of an expert begin with."""
@@ -95,6 +109,23 @@ class ModelProfile:
     weight_bytes: int = 0
     """Bytes of the weights as the checkpoint stores them."""
     experts: ExpertsProfile | None = None
+    activation: Activation = "silu"
+    norms_add_one: bool = False
+    """Norms multiply by 1 + their weight. The sum is float32, and so is what an engine keeps."""
+    post_norms: bool = False
+    """What attention and MLP give is normed, too, before it is added to the residual."""
+    embedding_scale: float | None = None
+    """What embeddings are multiplied by, in the number format that the engine computes in."""
+    query_scalar: float | None = None
+    """Products of queries and keys are divided by its root; None is the head size."""
+    attention_softcap: float | None = None
+    """c makes c · tanh(s / c) of such a product s."""
+    logit_softcap: float | None = None
+    """The same of logits."""
+    sinks: bool = False
+    """Each head has a number that joins what its softmaxes divide by."""
+    sliding_rope: Mapping[str, Any] | None = field(default=None, hash=False)
+    """As `rope_parameters`, of sliding layers, where theirs are others."""
     fp8: fp8.Fp8Profile | None = None
     """Which weights are stored in fp8, if any are."""
     raw: Mapping[str, Any] = field(default_factory=dict, repr=False, hash=False)
@@ -109,6 +140,16 @@ class ModelProfile:
     def kv_size(self) -> int:
         """Width of all key heads together; the values have the same."""
         return self.num_kv_heads * self.head_dim
+
+    @property
+    def attention_scale(self) -> float:
+        """What products of queries and keys are multiplied by."""
+        return float((self.query_scalar or self.head_dim) ** -0.5)
+
+    @property
+    def num_ropes(self) -> int:
+        """How many sets of angles a step has."""
+        return 1 if self.sliding_rope is None else 2
 
     @property
     def num_parameters(self) -> int:
@@ -127,6 +168,11 @@ class _DecoderConfig(BaseModel):
 
     model_config = ConfigDict(strict=True, frozen=True, extra="ignore", allow_inf_nan=False)
     qk_norm: ClassVar[bool] = False
+    stored_as: ClassVar[tuple[str, ...]] = ("fp8",)
+    """Methods of `quantization_config` that are read."""
+    activation_key: ClassVar[str] = "hidden_act"
+    activations: ClassVar[Mapping[str, Activation]] = {"silu": "silu"}
+    """What the key may say."""
 
     vocab_size: Count
     hidden_size: Count = 4096
@@ -161,6 +207,23 @@ class _DecoderConfig(BaseModel):
         """What layers of experts are like, if there are any."""
         return None
 
+    def ropes(self) -> tuple[dict[str, Any], dict[str, Any] | None]:
+        """The rope parameters, and those of sliding layers where they are others, in one spelling: transformers 5
+        nests them, older files have `rope_scaling` beside."""
+        where = "rope_parameters" if self.rope_parameters is not None else "rope_scaling"
+        given = self.rope_parameters or self.rope_scaling or {}
+        if any(isinstance(value, dict) for value in given.values()):
+            raise UnsupportedFeature(
+                f"config.json: {where}: rope parameters per kind of layer are not supported for this architecture",
+                "use a checkpoint with one set of rope parameters",
+            )
+        return _rope(self, given, where, self.rope_theta), None
+
+    def extras(self) -> dict[str, Any]:
+        """Fields of the profile that only some architectures have. Raises for what would change the numbers and is
+        not supported."""
+        return {}
+
 
 class _Llama(_DecoderConfig):
     vocab_size: Count = 32_000
@@ -174,6 +237,33 @@ class _Llama(_DecoderConfig):
         return self.attention_bias, self.attention_bias, self.mlp_bias
 
 
+LayerTypes = list[Literal["full_attention", "sliding_attention"]]
+
+
+class _OfKinds(Protocol):
+    """A config whose layers may be of several kinds."""
+
+    @property
+    def num_hidden_layers(self) -> int: ...
+    @property
+    def layer_types(self) -> LayerTypes | None: ...
+
+
+def _windows(
+    config: _OfKinds, window: int | None, slides: Callable[[int], bool]
+) -> tuple[int | None, tuple[LayerKind, ...]]:
+    """As of `_DecoderConfig.windows`; without `layer_types` a layer, by its number, `slides` or not."""
+    if config.layer_types is not None:
+        sliding = [kind == "sliding_attention" for kind in config.layer_types]
+        if len(sliding) != config.num_hidden_layers:
+            raise invalid("layer_types", f"has {len(sliding)} entries for {config.num_hidden_layers} layers")
+    else:
+        sliding = [slides(layer) for layer in range(config.num_hidden_layers)]
+    if window is None and any(sliding):
+        raise invalid("layer_types", "names sliding layers, but no sliding window is in use")
+    return (window if any(sliding) else None), tuple("sliding" if it else "full" for it in sliding)
+
+
 class _Qwen2(_DecoderConfig):
     vocab_size: Count = 151_936
     intermediate_size: Count = 22_016
@@ -182,27 +272,14 @@ class _Qwen2(_DecoderConfig):
     use_sliding_window: bool = False
     sliding_window: Count | None = 4096
     max_window_layers: Annotated[int, Field(ge=0)] = 28
-    layer_types: list[Literal["full_attention", "sliding_attention"]] | None = None
+    layer_types: LayerTypes | None = None
 
     def biases(self) -> tuple[bool, bool, bool]:
         return True, False, False
 
     def windows(self) -> tuple[int | None, tuple[LayerKind, ...]]:
         window = self.sliding_window if self.use_sliding_window else None
-        if self.layer_types is not None:
-            kinds: tuple[LayerKind, ...] = tuple(
-                "sliding" if kind == "sliding_attention" else "full" for kind in self.layer_types
-            )
-            if len(kinds) != self.num_hidden_layers:
-                raise invalid("layer_types", f"has {len(kinds)} entries for {self.num_hidden_layers} layers")
-        else:
-            kinds = tuple(
-                "sliding" if window is not None and layer >= self.max_window_layers else "full"
-                for layer in range(self.num_hidden_layers)
-            )
-        if window is None and "sliding" in kinds:
-            raise invalid("layer_types", "names sliding layers, but no sliding window is in use")
-        return (window if "sliding" in kinds else None), kinds
+        return _windows(self, window, lambda layer: window is not None and layer >= self.max_window_layers)
 
 
 class _Qwen3(_Qwen2):
@@ -317,7 +394,175 @@ class _Qwen3Moe(_WithExperts):
         )
 
 
+Positive = Annotated[float, Field(gt=0)]
+
+
+class _Gemma2(_DecoderConfig):
+    """Embeddings by the root of the width, norms around attention and MLP that multiply by 1 + their weight, soft
+    caps, every other layer a sliding one."""
+
+    activation_key: ClassVar[str] = "hidden_activation"
+    activations: ClassVar[Mapping[str, Activation]] = {"gelu_pytorch_tanh": "gelu"}
+
+    vocab_size: Count = 256_000
+    hidden_size: Count = 2304
+    intermediate_size: Count = 9216
+    num_hidden_layers: Annotated[int, Field(gt=0, le=4096)] = 26
+    num_attention_heads: Count = 8
+    num_key_value_heads: Count | None = 4
+    head_dim: Count | None = 256
+    hidden_activation: str = "gelu_pytorch_tanh"
+    max_position_embeddings: Count = 8192
+    tie_word_embeddings: bool = True
+    eos_token_id: TokenIds = 1
+    attention_bias: bool = False
+    query_pre_attn_scalar: Positive = 256
+    sliding_window: Count | None = 4096
+    layer_types: LayerTypes | None = None
+    attn_logit_softcapping: Positive | None = 50.0
+    final_logit_softcapping: Positive | None = 30.0
+    use_bidirectional_attention: bool | None = None
+
+    def biases(self) -> tuple[bool, bool, bool]:
+        return self.attention_bias, self.attention_bias, False
+
+    def windows(self) -> tuple[int | None, tuple[LayerKind, ...]]:
+        return _windows(self, self.sliding_window, lambda layer: layer % 2 == 0)
+
+    def extras(self) -> dict[str, Any]:
+        if self.use_bidirectional_attention:
+            raise UnsupportedFeature(
+                "config.json: use_bidirectional_attention: true: tokens that see later ones are not supported by "
+                "this version",
+                "use a checkpoint that generates text: such a one is an encoder",
+            )
+        return {
+            "norms_add_one": True,
+            "post_norms": True,
+            "embedding_scale": self.hidden_size**0.5,
+            "query_scalar": float(self.query_pre_attn_scalar),
+            "attention_softcap": self.attn_logit_softcapping,
+            "logit_softcap": self.final_logit_softcapping,
+        }
+
+
+class _Gemma3(_Gemma2):
+    """Norms of queries and keys in place of the cap on scores; five sliding layers to a full one, and rope
+    parameters of their own for either."""
+
+    qk_norm: ClassVar[bool] = True
+
+    vocab_size: Count = 262_208
+    max_position_embeddings: Count = 131_072
+    rope_theta: float = 1_000_000.0
+    rope_local_base_freq: float = 10_000.0
+    sliding_window_pattern: Count = 6
+    attn_logit_softcapping: Positive | None = None
+    final_logit_softcapping: Positive | None = None
+
+    def windows(self) -> tuple[int | None, tuple[LayerKind, ...]]:
+        return _windows(self, self.sliding_window, lambda layer: (layer + 1) % self.sliding_window_pattern != 0)
+
+    def ropes(self) -> tuple[dict[str, Any], dict[str, Any] | None]:
+        given = self.rope_parameters or {}
+        kinds = ("full_attention", "sliding_attention")
+        for key, value in given.items():
+            if key not in kinds or not isinstance(value, dict | None):
+                raise invalid(
+                    "rope_parameters", f"expected parameters for {' and '.join(kinds)}, got {key}: {value!r}"
+                )
+        full, sliding = ({"rope_type": "default"} if given.get(kind) is None else given[kind] for kind in kinds)
+        where = [f"rope_parameters.{kind}" for kind in kinds]
+        if self.rope_scaling is not None:
+            where[0] = "rope_scaling" if not given else where[0]
+            full = self.rope_scaling if not given else {**full, **self.rope_scaling}
+        of_full = _rope(self, full, where[0], self.rope_theta)
+        of_sliding = _rope(self, sliding, where[1], self.rope_local_base_freq)
+        return of_full, None if of_sliding == of_full else of_sliding
+
+    def extras(self) -> dict[str, Any]:
+        if self.attn_logit_softcapping is not None:
+            raise UnsupportedFeature(
+                f"config.json: attn_logit_softcapping: {self.attn_logit_softcapping:g} is not supported by this "
+                "version for this architecture, which transformers computes without it, too",
+                "set it to null, if the model was trained without it, too",
+            )
+        return super().extras()
+
+
+class _GptOss(_WithExperts):
+    """Heads with sinks, every other layer a sliding one, experts with biases and a clamped gate, or in MXFP4."""
+
+    stored_as: ClassVar[tuple[str, ...]] = ("mxfp4",)
+
+    quantization_config: dict[str, Any] | None = None
+    vocab_size: Count = 201_088
+    hidden_size: Count = 2880
+    intermediate_size: Count = 2880
+    num_hidden_layers: Annotated[int, Field(gt=0, le=4096)] = 36
+    num_attention_heads: Count = 64
+    num_key_value_heads: Count | None = 8
+    head_dim: Count | None = 64
+    max_position_embeddings: Count = 131_072
+    rms_norm_eps: Positive = 1e-5
+    rope_theta: float = 150_000.0
+    attention_bias: bool = True
+    sliding_window: Count | None = 128
+    layer_types: LayerTypes | None = None
+    num_experts_per_tok: Count = 4
+    swiglu_alpha: Positive = 1.702
+    swiglu_limit: Positive = 7.0
+
+    def biases(self) -> tuple[bool, bool, bool]:
+        return self.attention_bias, self.attention_bias, False
+
+    def windows(self) -> tuple[int | None, tuple[LayerKind, ...]]:
+        return _windows(self, self.sliding_window, lambda layer: layer % 2 == 0)
+
+    def ropes(self) -> tuple[dict[str, Any], dict[str, Any] | None]:
+        if self.rope_parameters is None and self.rope_scaling is None:
+            given = {
+                "rope_type": "yarn",
+                "factor": 32.0,
+                "original_max_position_embeddings": 4096,
+                "truncate": False,
+            }
+            given |= {"beta_fast": 32.0, "beta_slow": 1.0}
+            return _rope(self, given, "rope_parameters", self.rope_theta), None
+        return super().ropes()
+
+    def experts(self) -> ExpertsProfile:
+        count = self.count(128)
+        if count == 0:
+            raise invalid("num_local_experts", "is 0; every layer has experts")
+        packed = bool(self.quantization_config)
+        for key in ("hidden_size", "intermediate_size") if packed else ():
+            if getattr(self, key) % MXFP4_GROUP:
+                raise invalid(
+                    key, f"{getattr(self, key)} is no whole number of groups of {MXFP4_GROUP}, as mxfp4 needs"
+                )
+        return ExpertsProfile(
+            num_experts=count,
+            num_experts_per_tok=self.num_experts_per_tok,
+            intermediate_size=self.intermediate_size,
+            norm_topk_prob=True,
+            layers=(True,) * self.num_hidden_layers,
+            block="mlp",
+            packed=packed,
+            projections=("gate_up_proj", "gate_up_proj", "down_proj"),
+            router_name="router",
+            turned=True,
+            clamp=(float(self.swiglu_alpha), float(self.swiglu_limit)),
+        )
+
+    def extras(self) -> dict[str, Any]:
+        return {"sinks": True}
+
+
 ARCHITECTURES: dict[str, type[_DecoderConfig]] = {
+    "Gemma2ForCausalLM": _Gemma2,
+    "Gemma3ForCausalLM": _Gemma3,
+    "GptOssForCausalLM": _GptOss,
     "LlamaForCausalLM": _Llama,
     "MistralForCausalLM": _Mistral,
     "MixtralForCausalLM": _Mixtral,
@@ -340,15 +585,8 @@ _ROPE_OPTIONAL: dict[str, tuple[str, ...]] = {
 }
 
 
-def _rope(config: _DecoderConfig) -> dict[str, Any]:
-    """The rope parameters in one spelling: transformers 5 nests them, older files have `rope_scaling` beside."""
-    where = "rope_parameters" if config.rope_parameters is not None else "rope_scaling"
-    given = dict(config.rope_parameters or config.rope_scaling or {})
-    if any(isinstance(value, dict) for value in given.values()):
-        raise UnsupportedFeature(
-            f"config.json: {where}: rope parameters per kind of layer are not supported by this version",
-            "use a checkpoint with one set of rope parameters",
-        )
+def _rope(config: _DecoderConfig, given: Mapping[str, Any], where: str, theta: float) -> dict[str, Any]:
+    """Rope parameters as they are `given` at `where`, every default filled in; `theta` is that of rope_theta."""
     rope_type = given.get("rope_type", given.get("type", "default"))
     if rope_type not in _ROPE_NEEDS:
         raise UnsupportedFeature(
@@ -361,7 +599,7 @@ def _rope(config: _DecoderConfig) -> dict[str, Any]:
             f"config.json: partial_rotary_factor: {share}: partly rotated heads are not supported by this version",
             "use a checkpoint whose heads are rotated in full",
         )
-    rope: dict[str, Any] = {"rope_type": rope_type, "rope_theta": given.get("rope_theta", config.rope_theta)}
+    rope: dict[str, Any] = {"rope_type": rope_type, "rope_theta": given.get("rope_theta", theta)}
     for key in _ROPE_NEEDS[rope_type]:
         value = given.get(key)
         if value is None and key == "original_max_position_embeddings":
@@ -404,7 +642,7 @@ def profile_from_config(config: Mapping[str, Any]) -> ModelProfile:
         raise UnsupportedArchitecture(
             f"config.json: architectures: {names[0]} is not supported by this version", supported
         )
-    stored = fp8.read_fp8(config)
+    stored = _in_fp8_as(config, names[0])
     if config.get("auto_map"):
         raise UnsupportedFeature(
             "config.json: auto_map: the checkpoint asks for Python code of its own, which is never run",
@@ -415,10 +653,11 @@ def profile_from_config(config: Mapping[str, Any]) -> ModelProfile:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise invalid(".".join(map(str, first["loc"])), f"{first['msg']}, got {first['input']!r}") from error
-    if read.hidden_act != "silu":
+    activation = str(getattr(read, read.activation_key))
+    if activation not in read.activations:
         raise UnsupportedFeature(
-            f"config.json: hidden_act: {read.hidden_act} is not supported by this version",
-            f"{names[0]} is run with silu only",
+            f"config.json: {read.activation_key}: {activation} is not supported by this version",
+            f"{names[0]} is run with {', '.join(read.activations)} only",
         )
     dtype = read.dtype or read.torch_dtype or "float32"
     if dtype not in DTYPE_BYTES:
@@ -434,6 +673,7 @@ def profile_from_config(config: Mapping[str, Any]) -> ModelProfile:
     if head_dim % 2:
         raise invalid("head_dim", f"{head_dim} is odd; rotary embedding needs an even size")
     window, kinds = read.windows()
+    rope, sliding_rope = read.ropes()
     qkv_bias, output_bias, mlp_bias = read.biases()
     profile = ModelProfile(
         architecture=names[0],
@@ -447,7 +687,7 @@ def profile_from_config(config: Mapping[str, Any]) -> ModelProfile:
         max_position_embeddings=read.max_position_embeddings,
         tie_word_embeddings=read.tie_word_embeddings,
         dtype=dtype,
-        rope_parameters=_rope(read),
+        rope_parameters=rope,
         rms_norm_eps=read.rms_norm_eps,
         qk_norm=read.qk_norm,
         qkv_bias=qkv_bias,
@@ -457,22 +697,41 @@ def profile_from_config(config: Mapping[str, Any]) -> ModelProfile:
         layer_kinds=kinds,
         eos_token_ids=_token_ids(read.eos_token_id),
         experts=read.experts(),
+        activation=read.activations[activation],
+        sliding_rope=sliding_rope,
         fp8=stored,
         raw=dict(config),
+        **read.extras(),
     )
-    return replace(profile, weight_bytes=_stored_bytes(profile))
+    return replace(profile, weight_bytes=sum(_stored_bytes(profile)))
 
 
-def _stored_bytes(profile: ModelProfile) -> int:
-    """Of the weights, as config.json says that they are stored."""
-    if profile.fp8 is None:
-        return profile.num_parameters * DTYPE_BYTES[profile.dtype]
-    return sum(
-        fp8.stored_bytes(shape)
-        if profile.fp8.holds(name, shape)
-        else math.prod(shape) * DTYPE_BYTES[profile.dtype]
-        for name, shape in expected_tensors(profile)
-    )
+def _in_fp8_as(config: Mapping[str, Any], architecture: str) -> fp8.Fp8Profile | None:
+    """What is stored in fp8, if anything is. Raises for what `quantization_config` says and is not read."""
+    quantised = config.get("quantization_config")
+    method = quantised.get("quant_method") if isinstance(quantised, Mapping) else None
+    stored_as = ARCHITECTURES[architecture].stored_as
+    if method == "mxfp4" and method in stored_as:
+        return None
+    found = fp8.read_fp8(config)
+    if found is not None and method not in stored_as:
+        raise UnsupportedFeature(
+            f"config.json: quantization_config: {architecture} in {method} is not supported by this version",
+            f"it is read in {', '.join(stored_as)}, or in bfloat16",
+        )
+    return found
+
+
+def _stored_bytes(profile: ModelProfile) -> Iterator[int]:
+    """Of each tensor, as config.json says that it is stored."""
+    for name, shape in expected_tensors(profile):
+        if is_packed(profile, name):
+            codes, powers = _packed_shapes(shape)
+            yield math.prod(codes) + math.prod(powers)
+        elif profile.fp8 is not None and profile.fp8.holds(name, shape):
+            yield fp8.stored_bytes(shape)
+        else:
+            yield math.prod(shape) * DTYPE_BYTES[profile.dtype]
 
 
 def read_profile(model_dir: Path) -> ModelProfile:
@@ -530,11 +789,17 @@ def expected_tensors(profile: ModelProfile) -> Iterator[tuple[str, tuple[int, ..
             yield f"{prefix}{name}.weight", (rows, columns)
             if bias:
                 yield f"{prefix}{name}.bias", (rows,)
+        if profile.sinks:
+            yield prefix + "self_attn.sinks", (profile.num_heads,)
         if profile.qk_norm:
             yield prefix + "self_attn.q_norm.weight", (profile.head_dim,)
             yield prefix + "self_attn.k_norm.weight", (profile.head_dim,)
         yield prefix + "post_attention_layernorm.weight", (hidden,)
+        if profile.post_norms:
+            yield prefix + "pre_feedforward_layernorm.weight", (hidden,)
         yield from _mlp_tensors(profile, layer)
+        if profile.post_norms:
+            yield prefix + "post_feedforward_layernorm.weight", (hidden,)
     yield "model.norm.weight", (hidden,)
     if not profile.tie_word_embeddings:
         yield "lm_head.weight", (profile.vocab_size, hidden)
@@ -551,6 +816,14 @@ def _mlp_tensors(profile: ModelProfile, layer: int) -> Iterator[tuple[str, tuple
         return
     inner = experts.intermediate_size
     yield f"{experts.router(layer)}.weight", (experts.num_experts, hidden)
+    if experts.turned:
+        at, count = f"model.layers.{layer}.{experts.block}", experts.num_experts
+        yield f"{at}.{experts.router_name}.bias", (count,)
+        yield f"{at}.experts.gate_up_proj", (count, hidden, 2 * inner)
+        yield f"{at}.experts.gate_up_proj_bias", (count, 2 * inner)
+        yield f"{at}.experts.down_proj", (count, inner, hidden)
+        yield f"{at}.experts.down_proj_bias", (count, hidden)
+        return
     shapes = tuple(zip(experts.projections, ((inner, hidden), (inner, hidden), (hidden, inner)), strict=True))
     for number in range(experts.num_experts):
         at = experts.expert(layer, number)
@@ -566,7 +839,7 @@ def each_expert(profile: ModelProfile, tensors: Mapping[str, TensorInfo]) -> dic
     expert's are then parts of these. E experts, W hidden width, I width inside.
     """
     found, experts = dict(tensors), profile.experts
-    if experts is None:
+    if experts is None or experts.turned:
         return found
     count, inner, hidden = experts.num_experts, experts.intermediate_size, profile.hidden_size
     gate, up, down = experts.projections
@@ -590,6 +863,34 @@ def each_expert(profile: ModelProfile, tensors: Mapping[str, TensorInfo]) -> dic
     return found
 
 
+def is_packed(profile: ModelProfile, name: str) -> bool:
+    """Whether a tensor is stored in MXFP4."""
+    packed = profile.experts is not None and profile.experts.packed
+    return packed and name.endswith((".experts.gate_up_proj", ".experts.down_proj"))
+
+
+def _packed_shapes(shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Of experts' weights [E, K, N] those of their codes and of their powers of two."""
+    count, inputs, outputs = shape
+    groups = inputs // MXFP4_GROUP
+    return (count, outputs, groups, MXFP4_GROUP // 2), (count, outputs, groups)
+
+
+def _in_mxfp4(name: str, shape: tuple[int, ...], tensors: Mapping[str, TensorInfo]) -> Iterator[TensorInfo]:
+    for kind, expected in zip(("blocks", "scales"), _packed_shapes(shape), strict=True):
+        tensor = tensors.get(f"{name}_{kind}")
+        hint = "by quantization_config of config.json experts are in mxfp4: a file is missing, or it is wrong"
+        if tensor is None:
+            raise WrongTensors(f"tensor {name}_{kind} is in none of the files", hint)
+        if (tensor.dtype, tensor.shape) != ("U8", expected):
+            raise WrongTensors(
+                f"{tensor.file.name}: tensor {tensor.name} is {tensor.dtype} {list(tensor.shape)}, expected U8 "
+                f"{list(expected)}",
+                hint,
+            )
+        yield tensor
+
+
 def check_tensors(profile: ModelProfile, tensors: Mapping[str, TensorInfo]) -> list[TensorInfo]:
     """The tensors that `profile` needs, in the order of the computation. Raises `WrongTensors`.
 
@@ -599,6 +900,9 @@ def check_tensors(profile: ModelProfile, tensors: Mapping[str, TensorInfo]) -> l
     hint = "config.json and the weights do not belong together, or the architecture is a variant of its own"
     needed: list[TensorInfo] = []
     for name, shape in expected_tensors(profile):
+        if is_packed(profile, name):
+            needed += _in_mxfp4(name, shape, tensors)
+            continue
         tensor = tensors.get(name)
         if tensor is None:
             raise WrongTensors(f"tensor {name} is in none of the files", hint)

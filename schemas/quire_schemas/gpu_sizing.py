@@ -179,7 +179,7 @@ def _multiplying(quantization: Quantization | None, e: int, rows: int, inputs: i
 def _peak(profile: ModelProfile, e: int, tokens: int, rows: int, quantization: Quantization | None) -> int:
     """The most that a forward pass and what follows it hold at once."""
     hidden, inner, q, kv = profile.hidden_size, _dense_size(profile), profile.q_size, profile.kv_size
-    through = tokens * (2 * hidden * e + 2 * profile.head_dim * 4)
+    through = tokens * (2 * hidden * e + profile.num_ropes * 2 * profile.head_dim * 4)
     attention = tokens * (4 * q + 2 * kv) * e + _split_parts(profile)
     attention = max(attention, tokens * (2 * q + 2 * kv) * e + _multiplying(quantization, e, tokens, hidden))
     output = tokens * (q + 2 * hidden) * e + _multiplying(quantization, e, tokens, q)
@@ -207,8 +207,8 @@ def _general(profile: ModelProfile, e: int, tokens: int, rows: int, quantization
 def _each(profile: ModelProfile, e: int, tokens: int, rows: int, quantization: Quantization | None) -> int:
     """Every kind of tensor of a forward pass and its head, each once."""
     hidden, inner, q, kv = profile.hidden_size, _dense_size(profile), profile.q_size, profile.kv_size
-    numbers = 6 * hidden + (q + 2 * kv) + 3 * q + 3 * inner
-    rotary = tokens * profile.head_dim * 14
+    numbers = (8 if profile.post_norms else 6) * hidden + (q + 2 * kv) + 3 * q + 3 * inner
+    rotary = profile.num_ropes * tokens * profile.head_dim * 14
     last = rows * (q + 2 * hidden) * e  # the rows that go on from the last attention
     products = sum(_multiplying(quantization, e, tokens, inputs) for inputs in (hidden, q, inner))
     products += _multiplying(quantization, e, rows, hidden)

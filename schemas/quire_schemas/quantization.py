@@ -66,7 +66,8 @@ def resolve(
         instead = "method: int8" if profile.fp8 is None else "method: none, which widens them, or method: int8"
         raise Unquantizable("method", problem, f"declare engine.device: cuda, {instead}")
     if problem := experts_misfit(profile, method, device):
-        raise Unquantizable("method", problem, "declare engine.device: cpu, or method: none")
+        elsewhere = "" if experts_misfit(profile, method, "cpu") else "engine.device: cpu, or "
+        raise Unquantizable("method", problem, f"declare {elsewhere}method: none")
     if activations in ("int8", "fp8") and (activations == "fp8") != (method == "fp8"):
         raise Unquantizable(
             "activations",
@@ -142,6 +143,8 @@ def device_misfit(method: str, device: Literal["cpu", "cuda"]) -> str:
 def experts_misfit(profile: ModelProfile, method: str, device: Literal["cpu", "cuda"]) -> str:
     """Why experts quantized by that method cannot be had on that device; empty if they can, or if there are none:
     those of a checkpoint in fp8 are widened."""
+    if profile.experts is not None and profile.experts.turned:
+        return f"quantized experts of {profile.architecture} are not supported by this version"
     if profile.experts is None or device == "cpu" or (method == "fp8" and profile.fp8 is not None):
         return ""
     return f"quantized experts ({profile.architecture}) run on a CPU alone, and this model runs on a GPU"
@@ -160,7 +163,8 @@ def is_quantized(profile: ModelProfile, name: str, shape: tuple[int, ...], quant
     """Whether a tensor of the checkpoint is one of those that are quantized."""
     if quantization.method == "fp8" and profile.fp8 is not None:
         return profile.fp8.holds(name, shape) and ".experts." not in name
-    if profile.experts is not None and name.endswith(f".{profile.experts.block}.gate.weight"):
+    experts = profile.experts
+    if experts is not None and name.endswith(f".{experts.block}.{experts.router_name}.weight"):
         return False
     return len(shape) == 2 and (profile.tie_word_embeddings or name != "model.embed_tokens.weight")
 

@@ -244,12 +244,17 @@ class FitReport:
 @functools.lru_cache(maxsize=32)  # experts are thousands of tensors, and a fit tries many contexts
 def weight_bytes(profile: ModelProfile, dtype: str, quantization: Quantization | None = None) -> int:
     """What the engine's parameters hold, exactly: in `dtype`, but for those that are quantized."""
-    if quantization is None:
-        return profile.num_parameters * DTYPE_BYTES[dtype]
+
+    def number(name: str) -> int:
+        """Bytes of one, of what is not quantized."""
+        wide = name.endswith(".sinks") or (profile.norms_add_one and name.endswith("norm.weight"))
+        wide = wide or (quantization is not None and is_wide(profile, name, quantization))
+        return 4 if wide else DTYPE_BYTES[dtype]
+
     return sum(
         quantized_bytes(quantization, shape[0], shape[1], shared_outputs(profile, name, shape[0]))
-        if is_quantized(profile, name, shape, quantization)
-        else math.prod(shape) * (4 if is_wide(profile, name, quantization) else DTYPE_BYTES[dtype])
+        if quantization is not None and is_quantized(profile, name, shape, quantization)
+        else math.prod(shape) * number(name)
         for name, shape in expected_tensors(profile)
     )
 
@@ -378,7 +383,7 @@ def activation_bytes(
     length = max_model_len + 2 * _LARGEST_BLOCK
 
     # all through: the residual, the normed input, cosines and sines; addresses at 8 bytes, tables twice
-    base = tokens * (2 * hidden * e + 4 * profile.head_dim * 4 + 64)
+    base = tokens * (2 * hidden * e + (2 + 2 * profile.num_ropes) * profile.head_dim * 4 + 64)
     base += rows * (length * 12 + 64)  # blocks of one slot are the worst case
     kept = max(wide, 0 if quantization is None else 2)  # codes of a row, and where its sums begin
     scratch = tokens * max(hidden, inner, q) * kept  # what native products widen or round; it stays
@@ -406,6 +411,13 @@ def activation_bytes(
     # what the plan of a step keeps, once for every kind of layer: masks and the places of unused slots
     grouped = min(length, GATHER_BYTES // token_bytes + 1)
     gather += len(set(profile.layer_kinds)) * rows * (grouped * 5 + (512 + length) * 8)
+    if profile.attention_softcap is not None or profile.sinks:
+        # such scores are written out, up to three times over, and keys or values beside them
+        scores = max(length, min(rows * length, GATHER_BYTES // token_bytes)) * profile.num_heads
+        tile = min(
+            max(MASK_BYTES // 4, 16 * length * profile.num_heads), (tokens + 16) * length * profile.num_heads
+        )
+        gather += 3 * 4 * max(scores, tile) + length * q * 4
     mask = 2 * min(max(MASK_BYTES, 16 * length * 4), (tokens + 16) * length * 4)
     attend = tokens * ((q + 2 * kv) * e + (q + kv) * e + q * (2 * e + 3 * 4) + profile.num_heads * 4)
     qkv = tokens * (q + 2 * kv) * e + product(tokens, hidden, q + 2 * kv)
@@ -452,9 +464,8 @@ def _recorded_bytes(profile: ModelProfile, tokens: int, e: int) -> int:
     inner = 0 if experts is not None and all(experts.layers) else profile.intermediate_size
     # states, residual, what a layer gives; queries, heads, the last ones taken; both halves of a gate, and it
     row = e * (5 * hidden + 4 * q + 2 * kv + 3 * inner)
-    row += (
-        len(kv_groups(profile)) * 8 + 24 + 2 * profile.head_dim * 4
-    )  # slots, ids, places, rows; cosines and sines
+    row += len(kv_groups(profile)) * 8 + 24  # slots, ids, places, rows
+    row += profile.num_ropes * 2 * profile.head_dim * 4  # cosines and sines
     if experts is not None:
         row += experts.num_experts * 4 + experts.num_experts_per_tok * 12
     return -(-tokens // 64) * 64 * row + 4096

@@ -23,6 +23,9 @@ class Attention:
     norms: HeadNorms | None
     num_heads: int
     head_dim: int
+    scale: float
+    sinks: Tensor | None
+    """[H] float32."""
     kernels: Kernels
 
     def attend(
@@ -31,11 +34,13 @@ class Attention:
         """`x` [T, W] to the heads' results [T, H · D]; this step's keys and values are in `cache` afterwards."""
         qkv = self.qkv(x).view(x.shape[0], -1, self.head_dim)
         query = self.kernels.place_heads(qkv, self.num_heads, self.norms, cos, sin, cache, slots)
-        return attention(query, cache, self.head_dim**-0.5).view(x.shape[0], -1)
+        return attention(query, cache, self.scale, self.sinks).view(x.shape[0], -1)
 
     def parameters(self) -> Iterator[Tensor]:
         yield from self.qkv.parameters()
         yield from self.out.parameters()
+        if self.sinks is not None:
+            yield self.sinks
         if self.norms is not None:
             yield self.norms.query
             yield self.norms.key

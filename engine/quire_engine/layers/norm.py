@@ -1,4 +1,9 @@
-"""RMS norm with its weight: x / sqrt(mean(x²) + eps) · weight."""
+"""RMS norm with its weight: x / sqrt(mean(x²) + eps) · weight.
+
+Some models multiply by 1 + what their checkpoint has. The 1 is added once, when the weight is loaded, in float32,
+which is where those models add it at every call, and the sum stays in float32: rounded to 16 bits it would be
+another number.
+"""
 
 from __future__ import annotations
 

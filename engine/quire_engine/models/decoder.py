@@ -1,7 +1,9 @@
 """The decoder family: pre-norm residual layers of attention and a gated MLP, configured by a `ModelProfile`.
 
 Llama, Qwen2, Qwen3 and Mistral differ in four switches: biases, norms on queries and keys, a sliding window, a
-tied head. Mixtral and Qwen3-MoE have layers with experts in place of the MLP. The residual is one tensor that
+tied head. Mixtral and Qwen3-MoE have layers with experts in place of the MLP; those of gpt-oss have biases, and
+its heads sinks. Gemma 2 and 3 norm what attention and MLP give, too, before it is added, scale their embeddings,
+cap scores and logits, and turn the heads of sliding layers by other angles. The residual is one tensor that
 every layer adds to in place. After the last attention only the rows whose logits are wanted go on: the keys and
 values of the others are written by then, and nothing else of them is needed.
 
@@ -26,7 +28,7 @@ from quire_engine.layers.norm import RMSNorm
 from quire_engine.layers.rotary import Rotary
 from quire_engine.quantization import LinearMethod, Plain
 from quire_engine.weights import TensorSource
-from quire_kernels import Body, HeadNorms, Kernels, PagedBatch, Product
+from quire_kernels import Body, Clamp, HeadNorms, Kernels, PagedBatch, Product
 from quire_kernels.memory import large_pages
 from quire_schemas.checkpoint import ModelProfile
 from quire_schemas.sizing import KV_SCALE_BYTES, KVGroup, group_size, kv_groups
@@ -82,11 +84,25 @@ class _Layer:
     attention: Attention
     mlp_norm: RMSNorm
     mlp: GatedMLP | RoutedExperts
+    post_norms: tuple[RMSNorm, RMSNorm] | None
+    """Of what attention and what the MLP gives."""
+    rope: int
+    """Which of a step's angles its heads are turned by."""
+
+    def attended(self, heads: Tensor) -> Tensor:
+        """What attention adds to the residual, of the heads' results."""
+        given = self.attention.out(heads)
+        return given if self.post_norms is None else self.post_norms[0](given)
+
+    def thought(self, x: Tensor) -> Tensor:
+        """What the MLP adds to the residual."""
+        given = self.mlp(x)
+        return given if self.post_norms is None else self.post_norms[1](given)
 
     def parameters(self) -> Iterator[Tensor]:
-        yield self.attention_norm.weight
+        for norm in (self.attention_norm, self.mlp_norm, *(self.post_norms or ())):
+            yield norm.weight
         yield from self.attention.parameters()
-        yield self.mlp_norm.weight
         yield from self.mlp.parameters()
 
 
@@ -101,7 +117,7 @@ class DecoderModel:
         layers: tuple[_Layer, ...],
         norm: RMSNorm,
         head: Product,
-        rotary: Rotary,
+        rotaries: Sequence[Rotary],
         kernels: Kernels,
         company: Company | None = None,
     ) -> None:
@@ -111,7 +127,7 @@ class DecoderModel:
         self._layers = layers
         self._norm = norm
         self._head = head
-        self._rotary = rotary
+        self._rotaries = rotaries
         self.kernels = kernels
         self._body: tuple[KVCache, Body] | None = None
         """All layers over the cache of the last call."""
@@ -131,12 +147,16 @@ class DecoderModel:
         dtype that they come in. `company` is that of a method with adapters."""
         method = method or Plain(weights, kernels)
 
+        def norm_weight(name: str) -> Tensor:
+            if not profile.norms_add_one:
+                return weights.tensor(f"{name}.weight")
+            return weights.tensor(f"{name}.weight", torch.float32).add_(1.0)
+
         def norm(name: str) -> RMSNorm:
-            return RMSNorm(weights.tensor(f"{name}.weight"), profile.rms_norm_eps, kernels)
+            return RMSNorm(norm_weight(name), profile.rms_norm_eps, kernels)
 
         def head_norms(at: str) -> HeadNorms:
-            query, key = (weights.tensor(f"{at}.{name}.weight") for name in ("q_norm", "k_norm"))
-            return HeadNorms(query, key, profile.rms_norm_eps)
+            return HeadNorms(norm_weight(f"{at}.q_norm"), norm_weight(f"{at}.k_norm"), profile.rms_norm_eps)
 
         def mlp(index: int) -> GatedMLP | RoutedExperts:
             experts, at = profile.experts, f"model.layers.{index}.mlp"
@@ -144,9 +164,17 @@ class DecoderModel:
                 return GatedMLP(
                     gate_up=method.linear(at, ("gate_proj", "up_proj"), bias=profile.mlp_bias),
                     down=method.linear(at, ("down_proj",), bias=profile.mlp_bias),
-                    kernels=kernels,
+                    act=kernels.gelu_mul if profile.activation == "gelu" else kernels.silu_mul,
                 )
             router = weights.tensor(f"{experts.router(index)}.weight")
+            if experts.turned:
+                return RoutedExperts(
+                    router=kernels.product(router, weights.tensor(f"{experts.router(index)}.bias")),
+                    experts=method.turned_experts(f"{at}.experts", experts.clamp and Clamp(*experts.clamp)),
+                    num_experts_per_tok=experts.num_experts_per_tok,
+                    norm_topk_prob=experts.norm_topk_prob,
+                    kernels=kernels,
+                )
             names = [experts.expert(index, number) for number in range(experts.num_experts)]
             gate, up, down = (
                 [f"{name}.{projection}.weight" for name in names] for projection in experts.projections
@@ -162,6 +190,7 @@ class DecoderModel:
         def layer(index: int) -> _Layer:
             prefix = f"model.layers.{index}"
             at = f"{prefix}.self_attn"
+            after, before = f"{prefix}.post_attention_layernorm", f"{prefix}.pre_feedforward_layernorm"
             return _Layer(
                 attention_norm=norm(f"{prefix}.input_layernorm"),
                 attention=Attention(
@@ -170,20 +199,27 @@ class DecoderModel:
                     norms=head_norms(at) if profile.qk_norm else None,
                     num_heads=profile.num_heads,
                     head_dim=profile.head_dim,
+                    scale=profile.attention_scale,
+                    sinks=weights.tensor(f"{at}.sinks", torch.float32) if profile.sinks else None,
                     kernels=kernels,
                 ),
-                mlp_norm=norm(f"{prefix}.post_attention_layernorm"),
+                mlp_norm=norm(before if profile.post_norms else after),
                 mlp=mlp(index),
+                post_norms=(norm(after), norm(f"{prefix}.post_feedforward_layernorm"))
+                if profile.post_norms
+                else None,
+                rope=int(profile.sliding_rope is not None and profile.layer_kinds[index] == "sliding"),
             )
 
         tied = profile.tie_word_embeddings
+        ropes = [rope for rope in (profile.rope_parameters, profile.sliding_rope) if rope is not None]
         return cls(
             profile,
             embedding=None if tied else weights.tensor("model.embed_tokens.weight"),
             layers=tuple(layer(index) for index in range(profile.num_layers)),
             norm=norm("model.norm"),
             head=method.product("model.embed_tokens.weight" if tied else "lm_head.weight"),
-            rotary=Rotary(profile.rope_parameters, profile.head_dim, device, kernels),
+            rotaries=[Rotary(rope, profile.head_dim, device, kernels) for rope in ropes],
             kernels=kernels,
             company=company,
         )
@@ -225,39 +261,47 @@ class DecoderModel:
         """All layers; a `Body` that is told its cache."""
         batch = batches[0]
         rows = batch.logits_rows
-        cos, sin = self._rotary(batch.positions)
+        turns = [rotary(batch.positions) for rotary in self._rotaries]
         attentions = [
-            self.kernels.paged_attention(addresses, window=group.window)
+            self.kernels.paged_attention(addresses, window=group.window, softcap=self.profile.attention_softcap)
             for addresses, group in zip(batches, kv.groups, strict=True)
         ]
         if self._embedding is None:
             residual = self._head.rows(token_ids)
         else:
             residual = self.kernels.take(self._embedding, token_ids)
+        if self.profile.embedding_scale is not None:
+            residual = self.kernels.multiply(residual, self.profile.embedding_scale)
         x = self._layers[0].attention_norm(residual)
         last = len(self._layers) - 1
         for index, layer in enumerate(self._layers):
             group, place = kv.places[index]
             heads = layer.attention.attend(
-                x, cos, sin, kv.tensors[place], batches[group].slot_mapping, attentions[group]
+                x, *turns[layer.rope], kv.tensors[place], batches[group].slot_mapping, attentions[group]
             )
             if index == last and not batch.every_row:
                 heads, residual = self.kernels.take(heads, rows), self.kernels.take(residual, rows)
                 if self._company is not None:
                     self._company.narrow()
-            x = layer.mlp_norm.add(layer.attention.out(heads), residual)
+            x = layer.mlp_norm.add(layer.attended(heads), residual)
             following = self._norm if index == last else self._layers[index + 1].attention_norm
-            x = following.add(layer.mlp(x), residual)
+            x = following.add(layer.thought(x), residual)
         return x
 
     def logits(self, states: Tensor) -> Tensor:
         """Of final states [R, W]: the logits [R, V], float32."""
-        return self._head.wide(states)
+        logits = self._head.wide(states)
+        if self.profile.logit_softcap is not None:
+            self.kernels.cap_logits(logits, self.profile.logit_softcap)
+        return logits
 
     def best(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """Of final states [R, W]: the largest logit of each, [R] float32, and its token, [R] int64."""
+        if self.profile.logit_softcap is not None:
+            # a cap keeps the order, but makes equals of near ones: who is first must not depend on who asks
+            return self.kernels.largest(self.logits(states))
         return self.kernels.largest_of(self._head, states)
 
     def narrow_logits(self, states: Tensor) -> Tensor:
-        """The same in the model's own number format, where that is all that is wanted of them."""
+        """The same before any cap, in the model's own number format, where that is all that is wanted of them."""
         return self._head(states)

@@ -15,7 +15,7 @@ from quire_engine.quantization.fp8 import Fp8
 from quire_engine.quantization.integers import Integers
 from quire_engine.quantization.plain import Plain
 from quire_engine.weights import Weights
-from quire_kernels import Experts, Kernels, Product
+from quire_kernels import Clamp, Experts, Kernels, Product
 from quire_schemas.wire import Quantization
 
 __all__ = ["LinearMethod", "Plain", "linear_method"]
@@ -35,6 +35,9 @@ class LinearMethod(Protocol):
 
     def experts(self, gate: Sequence[str], up: Sequence[str], down: Sequence[str]) -> Experts:
         """The experts that have these tensors, in that order. Those of each kind lie side by side in memory."""
+
+    def turned_experts(self, at: str, clamp: Clamp | None) -> Experts:
+        """The experts of a checkpoint whose `ExpertsProfile` is `turned`: `at`.gate_up_proj and `at`.down_proj."""
 
 
 def linear_method(weights: Weights, kernels: Kernels, quantization: Quantization | None) -> LinearMethod:

@@ -18,7 +18,7 @@ from quire_engine.layers.linear import Dense, Linear
 from quire_engine.quantization.integers import NEVER_RIGHT
 from quire_engine.quantization.plain import Plain
 from quire_engine.weights import Weights
-from quire_kernels import Activations, Experts, Fp8Weight, KernelError, Kernels, Product
+from quire_kernels import Activations, Clamp, Experts, Fp8Weight, KernelError, Kernels, Product
 from quire_kernels.quantized import shared_outputs
 from quire_schemas.checkpoint_files import WrongTensors
 from quire_schemas.wire import Quantization
@@ -53,6 +53,9 @@ class Fp8:
             return self._plain.experts(gate, up, down)
         stacked = self._stack(gate), self._stack(up), self._stack(down)
         return self.kernels.quantized_experts(*stacked, len(gate), self._activations, self.weights.dtype)
+
+    def turned_experts(self, at: str, clamp: Clamp | None) -> Experts:
+        raise KernelError(f"{at} cannot be quantized")  # `experts_misfit` has refused it by name
 
     @property
     def _plain(self) -> Plain:

@@ -19,6 +19,7 @@ from quire_engine.layers.linear import Dense, Linear
 from quire_engine.weights import Weights
 from quire_kernels import (
     Activations,
+    Clamp,
     Experts,
     Int4Weight,
     Int8Weight,
@@ -55,6 +56,9 @@ class Integers:
     def experts(self, gate: Sequence[str], up: Sequence[str], down: Sequence[str]) -> Experts:
         stacked = self._stack(gate), self._stack(up), self._stack(down)
         return self.kernels.quantized_experts(*stacked, len(gate), self._activations, self.weights.dtype)
+
+    def turned_experts(self, at: str, clamp: Clamp | None) -> Experts:
+        raise KernelError(f"{at} cannot be quantized")  # `experts_misfit` has refused it by name
 
     def _stack(self, names: Sequence[str]) -> QuantizedWeight:
         """Tensors of one width, one after the other."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from quire_engine.layers.linear import Dense, Linear
 from quire_engine.weights import TensorSource
-from quire_kernels import Experts, Kernels, Product
+from quire_kernels import Clamp, Experts, Kernels, Product
 
 
 @dataclass(slots=True, frozen=True)
@@ -31,3 +31,10 @@ class Plain:
     def experts(self, gate: Sequence[str], up: Sequence[str], down: Sequence[str]) -> Experts:
         stacked = (self.weights.stack(names) for names in (gate, up, down))
         return self.kernels.experts(*(weight.view(len(gate), -1, weight.shape[1]) for weight in stacked))
+
+    def turned_experts(self, at: str, clamp: Clamp | None) -> Experts:
+        gate, up = self.weights.turned(f"{at}.gate_up_proj", 2)
+        (down,) = self.weights.turned(f"{at}.down_proj")
+        inward, outward = (self.weights.tensor(f"{at}.{name}_bias") for name in ("gate_up_proj", "down_proj"))
+        biases = inward[:, 0::2].contiguous(), inward[:, 1::2].contiguous(), outward
+        return self.kernels.experts(gate, up, down, biases=biases, clamp=clamp)

@@ -206,7 +206,14 @@ class StepProgram:
     def _draw(self, states: Tensor, rows: Tensor, ends: Tensor, tokens: Tensor) -> None:
         table = self._table
         sample.draw(
-            self._model.narrow_logits(states), rows, ends, table.draws, tokens, table.last_token, self.scratch
+            self._model.narrow_logits(states),
+            rows,
+            ends,
+            table.draws,
+            tokens,
+            table.last_token,
+            self.scratch,
+            self._model.profile.logit_softcap,
         )
 
     def _captured(self, shape: _Shape) -> _Shape:

@@ -28,9 +28,13 @@ from quire_kernels.cpu.native import (
     FORMATS,
     AddRmsNorm,
     Attention,
+    CapLogits,
+    Gate,
+    GeluMul,
     Largest,
     Linear,
     MaskTokens,
+    Multiply,
     Native,
     PlaceHeads,
     QuantizedLinear,
@@ -48,11 +52,12 @@ from quire_kernels.errors import KernelError
 from quire_kernels.memory import Slabs
 from quire_kernels.paging import PagedBatch
 from quire_kernels.quantized import Activations, Fp8Weight, Int4Weight, QuantizedWeight
-from quire_kernels.reference.experts import each_part, each_product
+from quire_kernels.reference import rounded
+from quire_kernels.reference.experts import each_biased, each_part, each_product
 from quire_kernels.reference.product import PlainProduct, check_activations
 
 if TYPE_CHECKING:
-    from quire_kernels import Body, Experts, HeadNorms, Product
+    from quire_kernels import Body, Clamp, Experts, HeadNorms, Product
 
 __all__ = ["CpuKernels"]
 
@@ -149,8 +154,8 @@ class CpuKernels:
         out = native.empty(x.shape, x.dtype)
         native.run(
             RmsNorm(
-                x.shape[0], FORMATS[x.dtype], native.address(x), x.stride(0), x.shape[1], weight.data_ptr(), eps,
-                out.data_ptr(),
+                x.shape[0], FORMATS[x.dtype], native.address(x), x.stride(0), x.shape[1], FORMATS[weight.dtype],
+                weight.data_ptr(), eps, out.data_ptr(),
             )
         )  # fmt: skip
         return out
@@ -161,7 +166,7 @@ class CpuKernels:
         native.run(
             AddRmsNorm(
                 x.shape[0], FORMATS[x.dtype], native.address(x), x.stride(0), x.shape[1], native.address(residual),
-                residual.stride(0), weight.data_ptr(), eps, out.data_ptr(),
+                residual.stride(0), FORMATS[weight.dtype], weight.data_ptr(), eps, out.data_ptr(),
             )
         )  # fmt: skip
         return out
@@ -192,10 +197,12 @@ class CpuKernels:
         _, _, size, kv_heads, _ = cache.shape
         keys, values = cache
         out = native.empty((tokens, num_heads, dim), qkv.dtype)
+        weights: tuple[int, int | None, int | None, float] = (0, None, None, 0.0)
+        if norms is not None:
+            weights = FORMATS[norms.query.dtype], norms.query.data_ptr(), norms.key.data_ptr(), norms.eps
         native.run(
             PlaceHeads(
-                tokens, FORMATS[qkv.dtype], native.address(qkv), qkv.stride(0), num_heads,
-                *((address(norms.query), address(norms.key), norms.eps) if norms else (None, None, 0.0)),
+                tokens, FORMATS[qkv.dtype], native.address(qkv), qkv.stride(0), num_heads, *weights,
                 native.address(cos), native.address(sin), native.address(slots), FORMATS[cache.dtype], kv_heads,
                 dim, size, keys.data_ptr(), values.data_ptr(), out.data_ptr(),
             )
@@ -213,18 +220,32 @@ class CpuKernels:
         return _StepAttention(self._native, batch, sequences, window, softcap)
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
+        return self._gate(SiluMul, gate_up)
+
+    def gelu_mul(self, gate_up: Tensor) -> Tensor:
+        return self._gate(GeluMul, gate_up)
+
+    def _gate(self, kind: type[Gate], gate_up: Tensor) -> Tensor:
         native, (rows, both) = self._native, gate_up.shape
         out = native.empty((rows, both // 2), gate_up.dtype)
         native.run(
-            SiluMul(
+            kind(
                 rows, FORMATS[gate_up.dtype], native.address(gate_up), gate_up.stride(0), both // 2, out.data_ptr()
             )
         )
         return out
 
-    def experts(self, gate: Tensor, up: Tensor, down: Tensor) -> Experts:
-        each = each_product(lambda weight: self.product(weight, None), gate, up, down)
-        return native_experts(self._native, each)
+    def experts(
+        self,
+        gate: Tensor,
+        up: Tensor,
+        down: Tensor,
+        *,
+        biases: tuple[Tensor, Tensor, Tensor] | None = None,
+        clamp: Clamp | None = None,
+    ) -> Experts:
+        each = each_product(lambda pair: self.product(*pair), *each_biased(gate, up, down, biases))
+        return native_experts(self._native, each, clamp)
 
     def quantized_experts(
         self,
@@ -267,6 +288,13 @@ class CpuKernels:
         )  # fmt: skip
         return out
 
+    def multiply(self, x: Tensor, factor: float) -> Tensor:
+        native, (rows, width) = self._native, x.shape
+        native.run(
+            Multiply(rows, FORMATS[x.dtype], native.address(x), x.stride(0), width, rounded(factor, x.dtype))
+        )
+        return x
+
     def recorded(self, body: Body) -> Body:
         recorded = Recorded(self._native, body)
         self._recorded.add(recorded)
@@ -284,6 +312,9 @@ class CpuKernels:
         if isinstance(product, Packed | PackedQuantized):
             return product.largest(x)
         return self.largest(product.wide(x))
+
+    def cap_logits(self, logits: Tensor, cap: float) -> None:
+        self._native.run(CapLogits(logits.shape[0], logits.data_ptr(), logits.stride(0), logits.shape[1], cap))
 
     def mask_tokens(self, logits: Tensor, rows: Tensor, bits: Tensor) -> None:
         self._native.run(

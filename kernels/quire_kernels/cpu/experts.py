@@ -20,15 +20,15 @@ from quire_kernels.errors import KernelError
 from quire_kernels.reference.experts import EachExpert, GatedProducts
 
 if TYPE_CHECKING:
-    from quire_kernels import Experts
+    from quire_kernels import Clamp, Experts
 
 
-def native_experts(native: Native, experts: Sequence[GatedProducts]) -> Experts:
+def native_experts(native: Native, experts: Sequence[GatedProducts], clamp: Clamp | None = None) -> Experts:
     """Those of native products as one operation, others one by one. Raises `KernelError` if they differ."""
     given = list(itertools.chain.from_iterable(experts))
     products = [product for product in given if isinstance(product, Packed | PackedQuantized)]
     if len(products) < len(given):
-        return _OneByOne(native, EachExpert(experts))
+        return _OneByOne(native, EachExpert(experts, clamp))
     gate = products[0].call
     inward, outward = (gate.outputs, gate.width), (gate.width, gate.outputs)
     shapes = itertools.cycle((inward, inward, outward))
@@ -44,6 +44,7 @@ def native_experts(native: Native, experts: Sequence[GatedProducts]) -> Experts:
     place = "floats" if isinstance(gate, Linear) else "quantized"
     common = ExpertsCall(
         format=gate.format, width=gate.width, inner=gate.outputs, experts=len(experts),
+        alpha=0.0 if clamp is None else clamp.alpha, limit=0.0 if clamp is None else clamp.limit,
         **{place: ctypes.addressof(calls)},
     )  # fmt: skip
     dtype = next(dtype for dtype, number in FORMATS.items() if number == gate.format)

@@ -79,13 +79,13 @@ class Route(Call):
 
 
 class ExpertsCall(Call):
-    """`floats` is the address of `Linear`s, or `quantized` of `QuantizedLinear`s."""
+    """`floats` is the address of `Linear`s, or `quantized` of `QuantizedLinear`s. A `limit` of 0 is silu."""
 
     operation = "quire_experts"
     _fields_ = (
         ("rows", c_int64), ("format", c_int64), ("x", c_void_p), ("stride", c_int64), ("width", c_int64),
         ("inner", c_int64), ("experts", c_int64), ("chosen", c_int64), ("choice", c_void_p), ("shares", c_void_p),
-        ("floats", c_void_p), ("quantized", c_void_p), ("out", c_void_p),
+        ("alpha", c_double), ("limit", c_double), ("floats", c_void_p), ("quantized", c_void_p), ("out", c_void_p),
     )  # fmt: skip
 
 
@@ -93,7 +93,7 @@ class RmsNorm(Call):
     operation = "quire_rms_norm"
     _fields_ = (
         ("rows", c_int64), ("format", c_int64), ("x", c_void_p), ("stride", c_int64), ("width", c_int64),
-        ("weight", c_void_p), ("eps", c_double), ("out", c_void_p),
+        ("weight_format", c_int64), ("weight", c_void_p), ("eps", c_double), ("out", c_void_p),
     )  # fmt: skip
 
 
@@ -101,8 +101,8 @@ class AddRmsNorm(Call):
     operation = "quire_add_rms_norm"
     _fields_ = (
         ("rows", c_int64), ("format", c_int64), ("x", c_void_p), ("stride", c_int64), ("width", c_int64),
-        ("residual", c_void_p), ("residual_stride", c_int64), ("weight", c_void_p), ("eps", c_double),
-        ("out", c_void_p),
+        ("residual", c_void_p), ("residual_stride", c_int64), ("weight_format", c_int64), ("weight", c_void_p),
+        ("eps", c_double), ("out", c_void_p),
     )  # fmt: skip
 
 
@@ -118,17 +118,33 @@ class PlaceHeads(Call):
     operation = "quire_place_heads"
     _fields_ = (
         ("rows", c_int64), ("format", c_int64), ("qkv", c_void_p), ("stride", c_int64), ("heads", c_int64),
-        ("query_norm", c_void_p), ("key_norm", c_void_p), ("eps", c_double), ("cos", c_void_p), ("sin", c_void_p),
-        ("slots", c_void_p), ("kv_format", c_int64), ("kv_heads", c_int64), ("head_dim", c_int64),
-        ("block_size", c_int64), ("keys", c_void_p), ("values", c_void_p), ("out", c_void_p),
+        ("norm_format", c_int64), ("query_norm", c_void_p), ("key_norm", c_void_p), ("eps", c_double),
+        ("cos", c_void_p), ("sin", c_void_p), ("slots", c_void_p), ("kv_format", c_int64), ("kv_heads", c_int64),
+        ("head_dim", c_int64), ("block_size", c_int64), ("keys", c_void_p), ("values", c_void_p),
+        ("out", c_void_p),
     )  # fmt: skip
 
 
-class SiluMul(Call):
-    operation = "quire_silu_mul"
+class Gate(Call):
     _fields_ = (
         ("rows", c_int64), ("format", c_int64), ("gate_up", c_void_p), ("stride", c_int64), ("width", c_int64),
         ("out", c_void_p),
+    )  # fmt: skip
+
+
+class SiluMul(Gate):
+    operation = "quire_silu_mul"
+
+
+class GeluMul(Gate):
+    operation = "quire_gelu_mul"
+
+
+class Multiply(Call):
+    operation = "quire_multiply"
+    _fields_ = (
+        ("rows", c_int64), ("format", c_int64), ("x", c_void_p), ("stride", c_int64), ("width", c_int64),
+        ("factor", c_double),
     )  # fmt: skip
 
 
@@ -165,6 +181,13 @@ class LinearLargest(Head):
 
 class QuantizedLargest(Head):
     operation = "quire_quantized_largest"
+
+
+class CapLogits(Call):
+    operation = "quire_cap_logits"
+    _fields_ = (
+        ("rows", c_int64), ("logits", c_void_p), ("stride", c_int64), ("width", c_int64), ("cap", c_double),
+    )  # fmt: skip
 
 
 class MaskTokens(Call):
@@ -206,7 +229,8 @@ class Sequences(ctypes.Structure):
 
 CALLS: tuple[type[Call], ...] = (
     Linear, UnpackRows, QuantizedLinear, UnpackQuantized, Route, ExpertsCall, RmsNorm, AddRmsNorm, Turns,
-    PlaceHeads, SiluMul, Take, Largest, LinearLargest, QuantizedLargest, MaskTokens, Attention,
+    PlaceHeads, SiluMul, GeluMul, Multiply, Take, Largest, LinearLargest, QuantizedLargest, CapLogits, MaskTokens,
+    Attention,
 )  # fmt: skip
 
 

@@ -13,14 +13,19 @@ from quire_kernels.paging import PagedBatch
 from quire_kernels.quantized import Activations, QuantizedWeight
 from quire_kernels.reference.attention import GATHER_BYTES, StepAttention
 from quire_kernels.reference.bytes import LARGEST, to_bytes
-from quire_kernels.reference.experts import EachExpert, each_part, each_product, route
+from quire_kernels.reference.experts import EachExpert, each_biased, each_part, each_product, route
 from quire_kernels.reference.product import PlainProduct, QuantizedProduct
 from quire_kernels.reference.rotation import turns
 
 if TYPE_CHECKING:
-    from quire_kernels import Body, HeadNorms, Product
+    from quire_kernels import Body, Clamp, HeadNorms, Product
 
-__all__ = ["GATHER_BYTES", "ReferenceKernels"]
+__all__ = ["GATHER_BYTES", "ReferenceKernels", "rounded"]
+
+
+def rounded(number: float, dtype: torch.dtype) -> float:
+    """The nearest number of that format."""
+    return float(torch.tensor(number, dtype=dtype))
 
 
 class ReferenceKernels:
@@ -40,7 +45,7 @@ class ReferenceKernels:
         return QuantizedProduct.of(weight, bias, activations, dtype)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        if x.dtype == torch.float32:
+        if x.dtype == weight.dtype == torch.float32:
             return F.rms_norm(x, weight.shape, weight, eps)
         return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
 
@@ -97,8 +102,21 @@ class ReferenceKernels:
             return F.silu(gate).mul_(up)
         return F.silu(gate.float()).mul_(up).to(gate_up.dtype)
 
-    def experts(self, gate: Tensor, up: Tensor, down: Tensor) -> EachExpert:
-        return EachExpert(each_product(lambda weight: self.product(weight, None), gate, up, down))
+    def gelu_mul(self, gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.float().chunk(2, -1)
+        return F.gelu(gate, approximate="tanh").mul_(up).to(gate_up.dtype)
+
+    def experts(
+        self,
+        gate: Tensor,
+        up: Tensor,
+        down: Tensor,
+        *,
+        biases: tuple[Tensor, Tensor, Tensor] | None = None,
+        clamp: Clamp | None = None,
+    ) -> EachExpert:
+        each = each_product(lambda pair: self.product(*pair), *each_biased(gate, up, down, biases))
+        return EachExpert(each, clamp)
 
     def quantized_experts(
         self,
@@ -123,6 +141,9 @@ class ReferenceKernels:
     def take(self, x: Tensor, rows: Tensor) -> Tensor:
         return x.index_select(0, rows)
 
+    def multiply(self, x: Tensor, factor: float) -> Tensor:
+        return x.mul_(rounded(factor, x.dtype))
+
     def recorded(self, body: Body) -> Body:
         return body
 
@@ -132,6 +153,9 @@ class ReferenceKernels:
 
     def largest_of(self, product: Product, x: Tensor) -> tuple[Tensor, Tensor]:
         return self.largest(product.wide(x))
+
+    def cap_logits(self, logits: Tensor, cap: float) -> None:
+        logits.div_(cap).tanh_().mul_(cap)
 
     def mask_tokens(self, logits: Tensor, rows: Tensor, bits: Tensor) -> None:
         octets = torch.arange(256, dtype=torch.int32, device=logits.device).unsqueeze(1)

@@ -2,6 +2,8 @@
 
     out[t] = Σ_r shares[t, r] · down_e(silu(gate_e(x[t])) · up_e(x[t])),   e = choice[t, r]
 
+A clamped gate (`Clamp`) is (1 + up) · gate · sigmoid(alpha · gate) in place of silu(gate) · up.
+
 A token's terms are added in the order of the experts' numbers, in float32; silu(gate) · up is rounded to the dtype
 of x before it goes down.
 
@@ -21,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from quire_kernels import Product, QuantizedWeight
+    from quire_kernels import Clamp, Product, QuantizedWeight
 
 Weight = TypeVar("Weight")
 
@@ -44,6 +46,22 @@ def each_product(
     return [GatedProducts(*map(make, three)) for three in zip(gate, up, down, strict=True)]
 
 
+def each_biased(
+    gate: Tensor, up: Tensor, down: Tensor, biases: tuple[Tensor, Tensor, Tensor] | None
+) -> Iterator[list[tuple[Tensor, Tensor | None]]]:
+    """Of gate, up and down the weights of each expert with their biases."""
+    for number, weight in enumerate((gate, up, down)):
+        yield list(zip(weight, itertools.repeat(None) if biases is None else biases[number], strict=False))
+
+
+def gated(gate: Tensor, up: Tensor, clamp: Clamp | None) -> Tensor:
+    """What goes down, float32; `gate` and `up` are changed."""
+    if clamp is None:
+        return F.silu(gate).mul_(up)
+    gate.clamp_(max=clamp.limit)
+    return up.clamp_(-clamp.limit, clamp.limit).add_(1.0).mul_(gate).mul_(torch.sigmoid(clamp.alpha * gate))
+
+
 def each_part(weight: QuantizedWeight, count: int) -> list[QuantizedWeight]:
     """The weights of `count` experts that lie one after the other along the outputs."""
     outputs = weight.shape[0] // count
@@ -55,6 +73,7 @@ class EachExpert:
     """`Experts` of whatever products."""
 
     experts: Sequence[GatedProducts]
+    clamp: Clamp | None = None
 
     def __call__(self, x: Tensor, choice: Tensor, shares: Tensor) -> Tensor:
         out_TW = torch.zeros(x.shape, device=x.device)
@@ -63,7 +82,7 @@ class EachExpert:
             if tokens_n.shape[0] == 0:
                 continue
             x_nW = x[tokens_n]
-            inner_nI = F.silu(gate.wide(x_nW)).mul_(up.wide(x_nW)).to(x.dtype)
+            inner_nI = gated(gate.wide(x_nW), up.wide(x_nW), self.clamp).to(x.dtype)
             out_TW.index_add_(0, tokens_n, down.wide(inner_nI) * shares[tokens_n, ranks_n, None])
         return out_TW.to(x.dtype)
 

@@ -21,6 +21,7 @@ from triton import knobs
 from quire_kernels.errors import BackendUnavailable, KernelError
 from quire_kernels.paging import PagedBatch
 from quire_kernels.quantized import Activations, Fp8Weight, QuantizedWeight
+from quire_kernels.reference import rounded
 from quire_kernels.triton import gate, heads, norm, rotation, tokens
 from quire_kernels.triton.attention import COUNTERS, Chip, StepAttention
 from quire_kernels.triton.experts import TritonExperts, route
@@ -30,7 +31,7 @@ from quire_kernels.triton.rounding import Rounding
 from quire_kernels.triton.scaled import TritonScaledProduct
 
 if TYPE_CHECKING:
-    from quire_kernels import Body, Experts, HeadNorms, Product
+    from quire_kernels import Body, Clamp, Experts, HeadNorms, Product
 
 __all__ = ["TritonKernels"]
 
@@ -95,8 +96,19 @@ class TritonKernels:
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         return gate.silu_mul(gate_up, self._rounding)
 
-    def experts(self, gate: Tensor, up: Tensor, down: Tensor) -> Experts:
-        return TritonExperts(gate, up, down, self._chip.shared_bytes)
+    def gelu_mul(self, gate_up: Tensor) -> Tensor:
+        return gate.gelu_mul(gate_up, self._rounding)
+
+    def experts(
+        self,
+        gate: Tensor,
+        up: Tensor,
+        down: Tensor,
+        *,
+        biases: tuple[Tensor, Tensor, Tensor] | None = None,
+        clamp: Clamp | None = None,
+    ) -> Experts:
+        return TritonExperts(gate, up, down, self._chip.shared_bytes, biases, clamp)
 
     def quantized_experts(
         self,
@@ -118,6 +130,9 @@ class TritonKernels:
     def take(self, x: Tensor, rows: Tensor) -> Tensor:
         return x.index_select(0, rows)
 
+    def multiply(self, x: Tensor, factor: float) -> Tensor:
+        return x.mul_(rounded(factor, x.dtype))
+
     def recorded(self, body: Body) -> Body:
         return body
 
@@ -126,6 +141,9 @@ class TritonKernels:
 
     def largest_of(self, product: Product, x: Tensor) -> tuple[Tensor, Tensor]:
         return self.largest(product.wide(x))
+
+    def cap_logits(self, logits: Tensor, cap: float) -> None:
+        tokens.cap_logits(logits, cap)
 
     def mask_tokens(self, logits: Tensor, rows: Tensor, bits: Tensor) -> None:
         tokens.mask_tokens(logits, rows, bits)

@@ -41,6 +41,7 @@ from quire_kernels.paging import PagedBatch
 from quire_kernels.reference.bytes import E4M3, LARGEST
 from quire_kernels.triton.bytes import halves_of, rounded
 from quire_kernels.triton.launch import dependent, fetch, wait
+from quire_kernels.triton.tanh import tanh
 
 _LEAST_SPLIT = 64
 _SPLITS = (1, 2, 4, 8, 16, 32)
@@ -57,19 +58,6 @@ and programs that found none left."""
 _ROOMY = 200 * 1024
 """Shared bytes from which on the large tiles fit."""
 _LOG2_E = math.log2(math.e)
-
-
-@triton.jit
-def _tanh(x):
-    """Within 5e-7 of it, relatively and near 0 as well. Triton's own is CUDA's alone."""
-    far = tl.abs(x)
-    fall = tl.exp2(far * -2.8853900817779268)  # e^(-2 |x|), which cannot overflow
-    square = far * far
-    # near 0 the other formula takes one from what is nearly one; of such series this is that which errs least
-    near = 0.13299825315039 + square * -0.04914849744115
-    near = far + far * square * (-0.33332663161891 + square * near)
-    found = tl.where(far < 0.35, near, (1.0 - fall) / (1.0 + fall))
-    return tl.where(x < 0.0, -found, found)
 
 
 @triton.jit
@@ -143,7 +131,7 @@ def _tile(
         scores = tl.dot(q, k.to(NUMBER), input_precision=PRECISION)
     factor = scale
     if CAP > 0.0:
-        scores = _tanh(scores * scale)
+        scores = tanh(scores * scale)
         factor = CAP
     if MASKED:
         seen = (places[None, :] <= row_last[:, None]) & (places[None, :] >= row_low[:, None])

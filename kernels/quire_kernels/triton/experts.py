@@ -11,10 +11,11 @@ has no tile and is not read.
     places                  4  1  2  0  5  3        sorted  e0: 3   e2: 1 2 5   e5: 0 4
 
 `_grouped` is the product of one tile with one expert's weight, for `BLOCK_N` outputs: first gate and up, whose
-results meet in registers and leave as silu(gate) · up, then down. One side of the tensor cores' product is 64
-tall at least, the other can be as narrow as 16: of a few rows the weight is the tall side, for such a step is the
-reading of weights and nothing else; of many it may be either. `_join` adds up the terms of a token in the order of
-the experts' numbers, in float32. Nothing is added by atomics: an answer is the same each time.
+results meet in registers and leave as silu(gate) · up, or clamped (`Clamp`), then down. One side of the tensor
+cores' product is 64 tall at least, the other can be as narrow as 16: of a few rows the weight is the tall side,
+for such a step is the reading of weights and nothing else; of many it may be either. `_join` adds up the terms
+of a token in the order of the experts' numbers, in float32. Nothing is added by atomics: an answer is the same
+each time.
 
 A single token needs no plan: pair r is tile r.
 
@@ -26,7 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import triton
@@ -35,6 +36,9 @@ from torch import Tensor
 
 from quire_kernels.errors import KernelError
 from quire_kernels.triton.launch import dependent, fetch, wait
+
+if TYPE_CHECKING:
+    from quire_kernels import Clamp
 
 _DENSE_PAIRS = (256, 1024)
 """Pairs up to which `_plan` looks at all of them together."""
@@ -187,6 +191,8 @@ def _tile(
     x,
     weight,
     second,
+    bias,
+    second_bias,
     tokens,
     first,
     count,
@@ -195,6 +201,9 @@ def _tile(
     width,
     x_stride,
     GATED: tl.constexpr,
+    BIASED: tl.constexpr,
+    ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr,
     PLANNED: tl.constexpr,
     TALL: tl.constexpr,
     ROWS: tl.constexpr,
@@ -232,8 +241,18 @@ def _tile(
             acc = _times(tl.load(weight + here + k, mask=there, other=0.0), number, acc, TALL)
             if GATED:
                 other = _times(tl.load(second + here + k, mask=there, other=0.0), number, other, TALL)
+    if BIASED:
+        acc += tl.expand_dims(tl.load(bias + tl.minimum(output, outputs - 1)).to(tl.float32), along)
+        if GATED:
+            other += tl.expand_dims(tl.load(second_bias + tl.minimum(output, outputs - 1)).to(tl.float32), along)
     if GATED:
-        acc = acc / (1.0 + tl.exp(-acc)) * other
+        if LIMIT > 0.0:
+            # written so that what is not a number goes through
+            acc = tl.where(acc > LIMIT, LIMIT, acc)
+            other = tl.where(other > LIMIT, LIMIT, tl.where(other < -LIMIT, -LIMIT, other))
+            acc = acc / (1.0 + tl.exp(-ALPHA * acc)) * (other + 1.0)
+        else:
+            acc = acc / (1.0 + tl.exp(-acc)) * other
     places = out + tl.expand_dims(place * outputs, across) + tl.expand_dims(output, along)
     tl.store(places, acc.to(out.dtype.element_ty), mask=tl.expand_dims(output < outputs, along) & real)
 
@@ -244,6 +263,8 @@ def _grouped(
     x,
     weight,
     second,
+    bias,
+    second_bias,
     choice,
     tiles,
     tokens,
@@ -251,6 +272,9 @@ def _grouped(
     width,
     x_stride,
     GATED: tl.constexpr,
+    BIASED: tl.constexpr,
+    ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr,
     PLANNED: tl.constexpr,
     TALL: tl.constexpr,
     HALVES: tl.constexpr,
@@ -282,16 +306,19 @@ def _grouped(
         expert, first, count = tl.load(choice + tile).to(tl.int32), tile, 1
     weight += expert.to(tl.int64) * outputs * width
     second += expert.to(tl.int64) * outputs * width
+    if BIASED:
+        bias += expert * outputs
+        second_bias += expert * outputs
     # of a few rows only half of what many would take is computed
     if HALVES and count <= ROWS // 2:
         _tile(
-            out, x, weight, second, tokens, first, count, output, outputs, width, x_stride, GATED, PLANNED, TALL,
-            ROWS // 2, BLOCK_N, BLOCK_K, EVEN,
+            out, x, weight, second, bias, second_bias, tokens, first, count, output, outputs, width, x_stride,
+            GATED, BIASED, ALPHA, LIMIT, PLANNED, TALL, ROWS // 2, BLOCK_N, BLOCK_K, EVEN,
         )  # fmt: skip
     else:
         _tile(
-            out, x, weight, second, tokens, first, count, output, outputs, width, x_stride, GATED, PLANNED, TALL,
-            ROWS, BLOCK_N, BLOCK_K, EVEN,
+            out, x, weight, second, bias, second_bias, tokens, first, count, output, outputs, width, x_stride,
+            GATED, BIASED, ALPHA, LIMIT, PLANNED, TALL, ROWS, BLOCK_N, BLOCK_K, EVEN,
         )  # fmt: skip
 
 
@@ -376,23 +403,32 @@ def most_tiles(pairs: int, experts: int, rows: int) -> int:
 
 
 def grouped(
-    x: Tensor, weight: Tensor, second: Tensor | None, choice: Tensor, plan: Plan | None, tiling: Tiling
+    x: Tensor,
+    weight: Tensor,
+    second: Tensor | None,
+    choice: Tensor,
+    plan: Plan | None,
+    tiling: Tiling,
+    biases: tuple[Tensor, ...] = (),
+    clamp: Clamp | None = None,
 ) -> Tensor:
     """Of each place the product with its expert's weight, [T · k, N].
 
     With `second` silu(x · weightᵀ) · (x · secondᵀ) of tokens `x` [T, K]; else of places `x` [T · k, K]. The
-    weights are [E, N, K]. Without a plan there is one token.
+    weights are [E, N, K], `biases` as many of [E, N], or none. Without a plan there is one token.
     """
     _, outputs, width = weight.shape
     out = torch.empty((choice.numel(), outputs), dtype=x.dtype, device=x.device)
     tiles, tokens = (choice, choice) if plan is None else (plan.tiles, plan.tokens)
     count = choice.shape[1] if plan is None else plan.tiles.shape[0]
     _grouped[(count, triton.cdiv(outputs, tiling.block_n))](
-        out, x, weight, weight if second is None else second, choice, tiles, tokens, outputs, width, x.stride(0),
-        GATED=second is not None, PLANNED=plan is not None, TALL=tiling.tall, HALVES=tiling.halves,
-        ROWS=tiling.rows, BLOCK_N=tiling.block_n, BLOCK_K=tiling.block_k, EVEN=width % tiling.block_k == 0,
-        LINE=_LINE_BYTES // weight.element_size(), LINES=_LINES, num_warps=tiling.num_warps,
-        num_stages=tiling.num_stages, **dependent(),
+        out, x, weight, weight if second is None else second, biases[0] if biases else weight,
+        biases[-1] if biases else weight, choice, tiles, tokens, outputs, width, x.stride(0),
+        GATED=second is not None, BIASED=bool(biases), ALPHA=0.0 if clamp is None else clamp.alpha,
+        LIMIT=0.0 if clamp is None else clamp.limit, PLANNED=plan is not None, TALL=tiling.tall,
+        HALVES=tiling.halves, ROWS=tiling.rows, BLOCK_N=tiling.block_n, BLOCK_K=tiling.block_k,
+        EVEN=width % tiling.block_k == 0, LINE=_LINE_BYTES // weight.element_size(), LINES=_LINES,
+        num_warps=tiling.num_warps, num_stages=tiling.num_stages, **dependent(),
     )  # fmt: skip
     return out
 
@@ -463,6 +499,9 @@ class TritonExperts:
     """[E, W, I]."""
     shared_bytes: int
     """That a program may share on a multiprocessor."""
+    biases: tuple[Tensor, Tensor, Tensor] | None = None
+    """Of the three, [E, I], [E, I] and [E, W]; each dense."""
+    clamp: Clamp | None = None
 
     def __post_init__(self) -> None:
         count, inner, width = self.gate.shape
@@ -494,9 +533,10 @@ class TritonExperts:
 
     def _some(self, out: Tensor, x: Tensor, choice: Tensor, shares: Tensor, tilings: Tilings) -> None:
         plan = Plan.of(choice, self.gate.shape[0], tilings.gated.rows) if x.shape[0] > 1 else None
-        inner = grouped(x, self.gate, self.up, choice, plan, tilings.gated)
-        parts = grouped(inner, self.down, None, choice, plan, tilings.down)
+        inward, outward = ((), ()) if self.biases is None else (self.biases[:2], self.biases[2:])
+        inner = grouped(x, self.gate, self.up, choice, plan, tilings.gated, inward, self.clamp)
+        parts = grouped(inner, self.down, None, choice, plan, tilings.down, outward)
         join(out, parts, choice, shares, plan)
 
     def parameters(self) -> Iterator[Tensor]:
-        yield from (self.gate, self.up, self.down)
+        yield from (self.gate, self.up, self.down, *(self.biases or ()))

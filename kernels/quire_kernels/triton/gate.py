@@ -1,4 +1,6 @@
-"""The gate of an MLP: out = silu(gate) · up, silu(g) = g / (1 + exp(-g)).
+"""The gate of an MLP: out = silu(gate) · up, silu(g) = g / (1 + exp(-g)); or gelu in its place,
+
+    gelu(g) = g / 2 · (1 + tanh(u)) = g / (1 + exp(-2u)),   u = √(2 / π) · (g + 0.044715 · g³)
 
 Legend: T tokens, I width between the two halves of an MLP.
 """
@@ -17,7 +19,15 @@ _BLOCK = 1024
 
 
 @triton.jit
-def _silu_mul(out, gate_up, stride, width, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr):
+def _through(gate, GELU: tl.constexpr):
+    away = -gate
+    if GELU:
+        away = gate * (-1.5957691216057308 - 0.07135481627260025 * gate * gate)
+    return gate / (1.0 + tl.exp(away))
+
+
+@triton.jit
+def _mul(out, gate_up, stride, width, GELU: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     dims = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = dims < width
@@ -25,18 +35,19 @@ def _silu_mul(out, gate_up, stride, width, BLOCK: tl.constexpr, DEPENDENT: tl.co
     wait(DEPENDENT)
     gate = tl.load(here, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(here + width, mask=inside, other=0.0).to(tl.float32)
-    result = gate / (1.0 + tl.exp(-gate)) * up
+    result = _through(gate, GELU) * up
     tl.store(out + row * width + dims, result.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _silu_mul_row(
+def _mul_row(
     out,
     codes,
     scales,
     gate_up,
     stride,
     width,
+    GELU: tl.constexpr,
     BLOCK: tl.constexpr,
     PLANES: tl.constexpr,
     DEPENDENT: tl.constexpr,
@@ -48,24 +59,33 @@ def _silu_mul_row(
     wait(DEPENDENT)
     gate = tl.load(here, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(here + width, mask=inside, other=0.0).to(tl.float32)
-    given = (gate / (1.0 + tl.exp(-gate)) * up).to(out.dtype.element_ty)
+    given = (_through(gate, GELU) * up).to(out.dtype.element_ty)
     tl.store(out + row * width + dims, given, mask=inside)
     write_codes(codes, scales, row, given.to(tl.float32), width, PLANES, BLOCK)
 
 
 def silu_mul(gate_up: Tensor, rounding: Rounding) -> Tensor:
     """See `Kernels.silu_mul`."""
+    return _launch(gate_up, rounding, gelu=False)
+
+
+def gelu_mul(gate_up: Tensor, rounding: Rounding) -> Tensor:
+    """See `Kernels.gelu_mul`."""
+    return _launch(gate_up, rounding, gelu=True)
+
+
+def _launch(gate_up: Tensor, rounding: Rounding, *, gelu: bool) -> Tensor:
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty((rows, width), dtype=gate_up.dtype, device=gate_up.device)
     codes = rounding.beside(out)
     if codes is not None:
         block = triton.next_power_of_2(width)
-        _silu_mul_row[(rows,)](
-            out, *codes, gate_up, gate_up.stride(0), width, BLOCK=block, PLANES=rounding.planes,
+        _mul_row[(rows,)](
+            out, *codes, gate_up, gate_up.stride(0), width, GELU=gelu, BLOCK=block, PLANES=rounding.planes,
             num_warps=min(16, max(1, block // 256)), **dependent(),
         )  # fmt: skip
         return out
-    _silu_mul[(rows, triton.cdiv(width, _BLOCK))](
-        out, gate_up, gate_up.stride(0), width, BLOCK=_BLOCK, num_warps=4, **dependent()
+    _mul[(rows, triton.cdiv(width, _BLOCK))](
+        out, gate_up, gate_up.stride(0), width, GELU=gelu, BLOCK=_BLOCK, num_warps=4, **dependent()
     )
     return out

@@ -25,6 +25,8 @@ list holds, bisection reads the row again until it does.
 
 Bisection is over the bits of a logit as a whole number in the same order.
 
+Where a model caps its logits, each is capped when it is loaded, in float32; all of the above is of capped ones.
+
 Legend: R rows, V vocabulary, X splits, S rows of the request table, C length of a list.
 """
 
@@ -38,6 +40,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quire_kernels.triton.launch import dependent, wait
+from quire_kernels.triton.tanh import capped
 
 BROKEN = -2
 """Instead of a token: the row has NaN, +inf, or nothing but -inf."""
@@ -146,8 +149,11 @@ def _middle(low, high):
 
 
 @triton.jit
-def _load(logits, at, inside):
-    return tl.load(logits + at, mask=inside, other=float("-inf")).to(tl.float32)
+def _load(logits, at, inside, CAP: tl.constexpr):
+    x = tl.load(logits + at, mask=inside, other=float("-inf")).to(tl.float32)
+    if CAP > 0.0:
+        x = tl.where(inside, capped(x, CAP), float("-inf"))
+    return x
 
 
 @triton.jit
@@ -184,6 +190,7 @@ def _survey(
     top_ps,
     min_ps,
     seeds,
+    CAP: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     row, split = tl.program_id(0), tl.program_id(1)
@@ -206,7 +213,7 @@ def _survey(
     if temperature <= 0.0:
         for start in tl.range(begin, end, _LANES):
             at = start + lanes
-            x = _load(logits, at, at < end)
+            x = _load(logits, at, at < end, CAP)
             broken |= ((x != x) | (x == float("inf"))).to(tl.int32)
             best, place = _better(best, place, x, at)
         peak = best
@@ -220,10 +227,10 @@ def _survey(
         position = tl.load(positions + row).to(tl.int32)
         for start in tl.range(begin, end, _TILE):
             at = start + lanes
-            x0 = _load(logits, at, at < end)
-            x1 = _load(logits, at + _LANES, at + _LANES < end)
-            x2 = _load(logits, at + 2 * _LANES, at + 2 * _LANES < end)
-            x3 = _load(logits, at + 3 * _LANES, at + 3 * _LANES < end)
+            x0 = _load(logits, at, at < end, CAP)
+            x1 = _load(logits, at + _LANES, at + _LANES < end, CAP)
+            x2 = _load(logits, at + 2 * _LANES, at + 2 * _LANES < end, CAP)
+            x3 = _load(logits, at + 3 * _LANES, at + 3 * _LANES < end, CAP)
             broken |= ((x0 != x0) | (x1 != x1) | (x2 != x2) | (x3 != x3)).to(tl.int32)
             higher = tl.maximum(peak, tl.maximum(tl.maximum(x0, x1), tl.maximum(x2, x3)))
             broken |= (higher == float("inf")).to(tl.int32)
@@ -270,14 +277,14 @@ def _bisect(keys, weights, above, low, high, target):
 
 
 @triton.jit
-def _gather(listed, listed_ids, logits, vocabulary, low, high):
+def _gather(listed, listed_ids, logits, vocabulary, low, high, CAP: tl.constexpr):
     """Lists the tokens of a row whose keys are from `low` up and below `high`, and counts them all."""
     lanes = tl.arange(0, _TILE)
     count = 0
     tl.debug_barrier()
     for start in tl.range(0, vocabulary, _TILE):
         at = start + lanes
-        x = _load(logits, at, at < vocabulary)
+        x = _load(logits, at, at < vocabulary, CAP)
         key = _ordered(x)
         wanted = ((key >= low) & (key < high) & (at < vocabulary)).to(tl.int32)
         found = tl.sum(wanted, 0)
@@ -293,14 +300,14 @@ def _gather(listed, listed_ids, logits, vocabulary, low, high):
 
 
 @triton.jit
-def _measure(logits, vocabulary, key, peak, cold):
+def _measure(logits, vocabulary, key, peak, cold, CAP: tl.constexpr):
     """Over a row's tokens from `key` up: how many they are, and the sum of their exponentials."""
     lanes = tl.arange(0, _TILE)
     number = tl.zeros([_TILE], tl.float32)
     mass = tl.zeros([_TILE], tl.float32)
     for start in tl.range(0, vocabulary, _TILE):
         at = start + lanes
-        x = _load(logits, at, at < vocabulary)
+        x = _load(logits, at, at < vocabulary, CAP)
         over = (_ordered(x) >= key) & (at < vocabulary)
         number += tl.where(over, 1.0, 0.0)
         mass += tl.where(over, tl.exp((x - peak) * cold), 0.0)
@@ -308,13 +315,26 @@ def _measure(logits, vocabulary, key, peak, cold):
 
 
 @triton.jit
-def _search(listed, listed_ids, logits, vocabulary, low, high, count, peak, cold, target, MASS: tl.constexpr):
+def _search(
+    listed,
+    listed_ids,
+    logits,
+    vocabulary,
+    low,
+    high,
+    count,
+    peak,
+    cold,
+    target,
+    MASS: tl.constexpr,
+    CAP: tl.constexpr,
+):
     """`_bisect` over a whole row that has at most `count` tokens from `low` up and none from `high` up; of mass,
     or of tokens. It reads the row again for each step until what is between fits a list."""
     more, above = 0.0, 0.0
     middle = _middle(low, high)
     while (middle > low) & (count - more > _LIST):
-        number, mass = _measure(logits, vocabulary, middle, peak, cold)
+        number, mass = _measure(logits, vocabulary, middle, peak, cold, CAP)
         measure = number
         if MASS:
             measure = mass
@@ -326,7 +346,7 @@ def _search(listed, listed_ids, logits, vocabulary, low, high, count, peak, cold
         above = tl.where(reached, above, measure)
         middle = _middle(low, high)
     if middle > low:
-        found = _gather(listed, listed_ids, logits, vocabulary, low, high)
+        found = _gather(listed, listed_ids, logits, vocabulary, low, high, CAP)
         lanes = tl.arange(0, _LIST)
         there = lanes < found
         x = tl.load(listed + lanes, mask=there, other=float("-inf"))
@@ -375,7 +395,7 @@ def _choose_listed(scores, ids, stays, seed, position):
 
 
 @triton.jit
-def _choose(logits, vocabulary, threshold, share, seed, position, peak, warm):
+def _choose(logits, vocabulary, threshold, share, seed, position, peak, warm, CAP: tl.constexpr):
     """The place of the best of a whole row's tokens from the key `threshold` up and of at least `share`."""
     lanes = tl.arange(0, _LANES)
     best = tl.full([_LANES], float("-inf"), tl.float32)
@@ -384,7 +404,7 @@ def _choose(logits, vocabulary, threshold, share, seed, position, peak, warm):
         g0, g1, g2, g3 = _noise(seed, position, start // 4 + lanes)
         for quarter in tl.static_range(4):
             at = start + quarter * _LANES + lanes
-            x = _load(logits, at, at < vocabulary)
+            x = _load(logits, at, at < vocabulary, CAP)
             noise = g0
             if quarter == 1:
                 noise = g1
@@ -416,6 +436,7 @@ def _draw_filtered(
     total,
     seed,
     position,
+    CAP: tl.constexpr,
 ):
     cold = 1.0 / warm
     share = float("-inf")
@@ -423,7 +444,7 @@ def _draw_filtered(
         share = tl.log(min_p)
     high = _ordered(peak) + 1
     low = _bound(maxima, row, splits, peak, cold, top_k, top_p, min_p, vocabulary)
-    count = _gather(listed, listed_ids, logits, vocabulary, low, high)
+    count = _gather(listed, listed_ids, logits, vocabulary, low, high, CAP)
     limited = (top_k > 0) & (top_k < vocabulary)
     if count <= _LIST:
         lanes = tl.arange(0, _LIST)
@@ -443,13 +464,16 @@ def _draw_filtered(
         many = count.to(tl.float32)
         if limited:
             low = _search(
-                listed, listed_ids, logits, vocabulary, low, high, many, peak, cold, top_k.to(tl.float32), False
-            )
+                listed, listed_ids, logits, vocabulary, low, high, many, peak, cold, top_k.to(tl.float32), False,
+                CAP,
+            )  # fmt: skip
         if top_p < 1.0:
             if limited:
-                many, total = _measure(logits, vocabulary, low, peak, cold)
-            low = _search(listed, listed_ids, logits, vocabulary, low, high, many, peak, cold, top_p * total, True)
-        token = _choose(logits, vocabulary, low, share, seed, position, peak, warm)
+                many, total = _measure(logits, vocabulary, low, peak, cold, CAP)
+            low = _search(
+                listed, listed_ids, logits, vocabulary, low, high, many, peak, cold, top_p * total, True, CAP
+            )
+        token = _choose(logits, vocabulary, low, share, seed, position, peak, warm, CAP)
     return token
 
 
@@ -473,6 +497,7 @@ def _settle(
     top_ps,
     min_ps,
     seeds,
+    CAP: tl.constexpr,
     SPLITS: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
@@ -503,7 +528,7 @@ def _settle(
         token = _draw_filtered(
             listed + row.to(tl.int64) * _LIST, listed_ids + row.to(tl.int64) * _LIST,
             logits + row.to(tl.int64) * stride, vocabulary, maxima, row, splits, peak, warm, top_k, top_p, min_p,
-            total, tl.load(seeds + slot), tl.load(positions + row).to(tl.int32),
+            total, tl.load(seeds + slot), tl.load(positions + row).to(tl.int32), CAP,
         )  # fmt: skip
     else:
         scores = tl.load(numbers + programs * 3 + 1, mask=there, other=float("-inf"))
@@ -521,13 +546,14 @@ def draw(
     tokens_out: Tensor,
     last_token: Tensor,
     room: DrawScratch,
+    cap: float | None = None,
 ) -> None:
-    """Chooses a token for each row. `room` is what `scratch` gives.
+    """Chooses a token for each row. `room` is what `scratch` gives; `cap` is as of `Kernels.cap_logits`.
 
     `logits` [R, V] of any float dtype, which are not changed; `slots` [R] int32, each row's place in `table`, or
     negative for padding; `positions` [R] integers. Tokens go to `tokens_out` [R] int32 and to `last_token` [S]
-    int32 at the row's slot. A row with NaN, +inf or nothing but -inf gets `BROKEN`, and 0 as its last token;
-    padding gets `PADDING` and has no last token.
+    int32 at the row's slot. A row with NaN, +inf or nothing but -inf gets `BROKEN`, and 0 as its last token; with
+    a cap, which the infinite reach, one with NaN alone. Padding gets `PADDING` and has no last token.
     """
     rows, vocabulary = logits.shape
     splits = num_splits(rows, vocabulary)
@@ -535,10 +561,10 @@ def draw(
     how = (table.temperature, table.top_k, table.top_p, table.min_p, table.seed)
     _survey[(rows, splits)](
         room.numbers, room.places, room.maxima, logits, logits.stride(0), vocabulary, share, splits, slots,
-        positions, *how, num_warps=4, **dependent(),
+        positions, *how, CAP=cap or 0.0, num_warps=4, **dependent(),
     )  # fmt: skip
     _settle[(rows,)](
         tokens_out, last_token, room.numbers, room.places, room.maxima, room.listed,
-        room.listed_ids, logits, logits.stride(0), vocabulary, splits, slots, positions, *how,
+        room.listed_ids, logits, logits.stride(0), vocabulary, splits, slots, positions, *how, CAP=cap or 0.0,
         SPLITS=triton.next_power_of_2(triton.cdiv(vocabulary, _TILE.value)), num_warps=16, **dependent(),
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Over logits: the largest number of a row, and masks of allowed tokens.
+"""Over logits: the largest number of a row, masks of allowed tokens, and soft caps, cap · tanh(x / cap).
 
 `largest` cuts the vocabulary into splits, enough of them that a few rows fill the GPU; `_meet` takes the best of a
 row's splits. Each lane keeps the first of its own largest numbers and lanes meet once, at the end. A comparison
@@ -13,6 +13,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from quire_kernels.triton.tanh import capped
 
 _BLOCK = 2048
 _PROGRAMS = 1024
@@ -67,6 +69,13 @@ def _mask_tokens(logits, stride, vocabulary, rows, bits, width, BLOCK: tl.conste
     tl.store(logits + row * stride + tokens, lowest, mask=inside & forbidden)
 
 
+@triton.jit
+def _cap_logits(logits, stride, vocabulary, CAP: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    here = logits + tl.program_id(0).to(tl.int64) * stride + at
+    tl.store(here, capped(tl.load(here, mask=at < vocabulary, other=0.0), CAP), mask=at < vocabulary)
+
+
 def largest(logits: Tensor) -> tuple[Tensor, Tensor]:
     """See `Kernels.largest`."""
     rows, vocabulary = logits.shape
@@ -85,6 +94,14 @@ def largest(logits: Tensor) -> tuple[Tensor, Tensor]:
     if splits > 1:
         _meet[(rows,)](values, indices, peaks, places, splits, BLOCK=triton.next_power_of_2(blocks), num_warps=1)
     return values, indices
+
+
+def cap_logits(logits: Tensor, cap: float) -> None:
+    """See `Kernels.cap_logits`."""
+    rows, vocabulary = logits.shape
+    _cap_logits[(rows, triton.cdiv(vocabulary, _BLOCK))](
+        logits, logits.stride(0), vocabulary, CAP=cap, BLOCK=_BLOCK, num_warps=4
+    )
 
 
 def mask_tokens(logits: Tensor, rows: Tensor, bits: Tensor) -> None:

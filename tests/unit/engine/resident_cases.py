@@ -77,6 +77,9 @@ class Quick(TritonKernels):
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         return self.reference.silu_mul(gate_up)
 
+    def gelu_mul(self, gate_up: Tensor) -> Tensor:
+        return self.reference.gelu_mul(gate_up)
+
     def place_heads(
         self,
         qkv: Tensor,
@@ -156,7 +159,10 @@ def requests(count: int, **sampling: Any) -> list[Generate]:
     ]
 
 
-@pytest.mark.parametrize("name", ["qwen3-mqa-sliding", pytest.param("llama-biases", marks=pytest.mark.nightly)])
+BY_NIGHT = [pytest.param(name, marks=pytest.mark.nightly) for name in ("llama-biases", "gemma2", "gemma3-capped")]
+
+
+@pytest.mark.parametrize("name", ["qwen3-mqa-sliding", *BY_NIGHT])
 def test_greedy_answers_are_those_of_the_host(name: str, tmp_path: Path) -> None:
     build(name, tmp_path)
     expected = texts(run(engine_of(spec_of(tmp_path), "cpu"), *requests(5)))
@@ -169,7 +175,7 @@ def test_greedy_answers_are_those_of_the_host(name: str, tmp_path: Path) -> None
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("name", ["mixtral", "qwen3-moe"])
+@pytest.mark.parametrize("name", ["mixtral", "qwen3-moe", "gpt-oss"])
 def test_experts_stay_on_the_device(name: str, tmp_path: Path) -> None:
     build(name, tmp_path)
     count = 5 if WHOLE or not INTERPRETED else 2
@@ -195,8 +201,9 @@ def test_preempted_and_sent_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.nightly
-def test_a_seed_gives_the_same_answer_in_any_company(tmp_path: Path) -> None:
-    build("llama-tied", tmp_path)
+@pytest.mark.parametrize("name", ["llama-tied", "gemma2"])
+def test_a_seed_gives_the_same_answer_in_any_company(name: str, tmp_path: Path) -> None:
+    build(name, tmp_path)
     asked = {"temperature": 0.9, "seed": 11, "top_k": 20, "top_p": 0.9}
     alone = engine_of(spec_of(tmp_path), "triton")
     one = requests(1, **asked)[0]
@@ -424,8 +431,9 @@ def test_a_recording_begins_with_rows_that_nobody_had(tmp_path: Path) -> None:
 
 
 @pytest.mark.nightly
-def test_who_needs_the_host_changes_nobody_elses_draws(tmp_path: Path) -> None:
-    build("llama-tied", tmp_path)
+@pytest.mark.parametrize("name", ["llama-tied", "gemma2"])
+def test_who_needs_the_host_changes_nobody_elses_draws(name: str, tmp_path: Path) -> None:
+    build(name, tmp_path)
     seeded = Sampling(max_tokens=8, temperature=0.9, seed=11, top_p=0.95, ignore_eos=True)
     special = Sampling(max_tokens=5, temperature=0.7, seed=3, logprobs=1, ignore_eos=True)
     alone = texts(run(engine_of(spec_of(tmp_path), "triton"), Generate("a", [1, 2, 3, 4], seeded)))["a"]

@@ -52,7 +52,9 @@ MANY_EXPERTS = SMALL | {
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 16,
 }
-SHAPES = [SMALL, WIDE_MLP, WIDE_HEAD, MANY_HEADS, SLIDING, EXPERTS, MANY_EXPERTS]
+GEMMA3 = SMALL | {"architecture": "Gemma3ForCausalLM", "sliding_window": 40, "final_logit_softcapping": 2.0}
+GPT_OSS = SMALL | {"architecture": "GptOssForCausalLM", "sliding_window": 40}
+SHAPES = [SMALL, WIDE_MLP, WIDE_HEAD, MANY_HEADS, SLIDING, EXPERTS, MANY_EXPERTS, GEMMA3, GPT_OSS]
 SEATS, LENGTH, BLOCK = 3, 2048, 16
 
 
@@ -142,7 +144,9 @@ def test_a_step_stays_below_the_plan(shape: dict[str, Any], tokens: int, tmp_pat
     ],
     ids=str,
 )
-@pytest.mark.parametrize("shape", [WIDE_HEAD, WIDE_QUANTIZED], ids=str)
+@pytest.mark.parametrize(
+    "shape", [WIDE_HEAD, WIDE_QUANTIZED, pytest.param(GEMMA3, marks=pytest.mark.nightly)], ids=str
+)
 def test_a_quantized_step_stays_below_the_plan(
     shape: dict[str, Any], quantization: Quantization, tokens: int, tmp_path: Path
 ) -> None:

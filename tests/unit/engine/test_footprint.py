@@ -144,7 +144,7 @@ INT4 = Quantization("int4", group_size=32)
 METHODS = [INT8, Quantization("int8", "bf16"), INT4, Quantization("int4", "bf16", 64)]
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES.keys() - {"GptOssForCausalLM"}))
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("quantization", [INT8, INT4], ids=str)
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
@@ -213,6 +213,9 @@ MANY_HEADS = {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 6
 QWEN3 = {"architecture": "Qwen3ForCausalLM", "num_attention_heads": 8}
 SLIDING = {"architecture": "MistralForCausalLM", "sliding_window": 200}
 EXPERTS = {"architecture": "Qwen3MoeForCausalLM", "num_experts": 16, "num_experts_per_tok": 8}
+GEMMA2 = {"architecture": "Gemma2ForCausalLM", "sliding_window": 200, "intermediate_size": 300}
+GPT_OSS = {"architecture": "GptOssForCausalLM", "sliding_window": 200}
+GEMMA3 = {"architecture": "Gemma3ForCausalLM", "sliding_window": 200, "head_dim": 64}
 WIDE_EXPERTS = {"architecture": "MixtralForCausalLM", "num_experts": 3, "intermediate_size": 2000}
 MIXED = SLIDING | {
     "architecture": "Qwen2ForCausalLM",
@@ -243,6 +246,10 @@ MIXED = SLIDING | {
         (SLIDING, [(1, 0, 500), (8, 900, 1)], 1024),
         (EXPERTS, [(1, 0, 300), (3, 40, 1)], 512),
         (WIDE_EXPERTS, [(1, 0, 300)], 512),
+        (GEMMA2, [(1, 0, 500), (12, 900, 1)], 1024),
+        (GEMMA2, [(2, 8000, 1), (1, 8000, 30)], 8192),
+        (GEMMA3, [(1, 0, 300), (3, 40, 1)], 512),
+        (GPT_OSS, [(1, 0, 500), (12, 900, 1)], 1024),
     ],
 )
 def test_a_step_stays_below_the_activation_bound(

@@ -19,6 +19,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -32,13 +38,14 @@ from transformers import (
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from transformers.utils import logging
 
 from quire import LLM, SamplingParams
 from quire_engine.layers.rotary import Rotary
 from quire_engine.models import DecoderModel, KVCache, load_model
 from quire_kernels import PagedBatch, load
-from quire_schemas.checkpoint import ModelProfile, read_profile
+from quire_schemas.checkpoint import ModelProfile, profile_from_config, read_profile
 from quire_schemas.checkpoint_files import BadHeader, UnsupportedFeature, WrongTensors
 from quire_schemas.sizing import kv_groups
 
@@ -66,7 +73,53 @@ LLAMA3 = {
     "original_max_position_embeddings": 64,
 }
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+GPT_OSS: dict[str, Any] = SIZE | {
+    "head_dim": 16,
+    "num_hidden_layers": 3,
+    "sliding_window": 20,
+    "num_local_experts": 6,
+    "num_experts_per_tok": 2,
+    "swiglu_limit": 1.5,
+    "rope_parameters": YARN | {"truncate": False},
+}
+GEMMA: dict[str, Any] = SIZE | {"num_hidden_layers": 3, "head_dim": 24, "sliding_window": 20, "pad_token_id": None}
+CAPS = {"attn_logit_softcapping": 1.5, "final_logit_softcapping": 2.0}
+"""So low that they bite."""
 CASES: dict[str, Any] = {
+    "gpt-oss": (GptOssForCausalLM, GptOssConfig(**GPT_OSS)),
+    "gemma2": (Gemma2ForCausalLM, Gemma2Config(**GEMMA, **CAPS, query_pre_attn_scalar=40)),
+    "gemma2-uncapped": (
+        Gemma2ForCausalLM,
+        Gemma2Config(
+            **GEMMA | {"num_key_value_heads": 1, "pad_token_id": 0},  # whose embedding is zeros
+            attn_logit_softcapping=None,
+            final_logit_softcapping=None,
+            attention_bias=True,
+            tie_word_embeddings=False,
+            layer_types=["full_attention", "sliding_attention", "sliding_attention"],
+        ),
+    ),
+    "gemma3": (
+        Gemma3ForCausalLM,
+        Gemma3TextConfig(
+            **GEMMA | {"num_hidden_layers": 4},
+            sliding_window_pattern=3,
+            rope_parameters={
+                "full_attention": {"rope_type": "linear", "rope_theta": 50000.0, "factor": 4.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 300.0},
+            },
+        ),
+    ),
+    "gemma3-capped": (
+        Gemma3ForCausalLM,
+        Gemma3TextConfig(
+            **GEMMA | {"num_key_value_heads": 4, "head_dim": 16},
+            final_logit_softcapping=2.0,
+            attention_bias=True,
+            query_pre_attn_scalar=7,
+            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        ),
+    ),
     "llama": (LlamaForCausalLM, LlamaConfig(**SIZE)),
     "llama-tied": (LlamaForCausalLM, LlamaConfig(**SIZE, tie_word_embeddings=True)),
     "llama-biases": (LlamaForCausalLM, LlamaConfig(**SIZE, attention_bias=True, mlp_bias=True)),
@@ -158,7 +211,7 @@ def build(name: str, folder: Path, **save: Any) -> Any:
     model = kind._from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
         for key, parameter in model.named_parameters():
-            if key.endswith("bias") or "norm" in key:
+            if key.endswith(("bias", "sinks")) or "norm" in key:
                 parameter.add_(torch.randn_like(parameter) * 0.3)
     model.save_pretrained(folder, **save)
     return model
@@ -239,12 +292,25 @@ def test_logits_equal_transformers_at_every_position(name: str, backend: str, tm
     for row, logits in found:
         torch.testing.assert_close(logits, expected[row], atol=1e-4, rtol=0)
     assert model.bytes == sum(parameter.nbytes for parameter in theirs.parameters())
+    if profile.logit_softcap is not None:
+        assert expected.abs().max() > 0.99 * profile.logit_softcap, "the cap bites"
     assert profile.num_parameters * 4 == model.bytes
 
 
 @pytest.mark.parametrize(
     "name",
-    ["llama-rope-llama3", "qwen2-sliding", "qwen3-mqa-sliding", "mistral-sliding", "mixtral", "qwen3-moe-mixed"],
+    [
+        "llama-rope-llama3",
+        "qwen2-sliding",
+        "qwen3-mqa-sliding",
+        "mistral-sliding",
+        "mixtral",
+        "qwen3-moe-mixed",
+        "gemma2",
+        # their logits are those of transformers, in steps of any make-up, by the test above
+        pytest.param("gemma3-capped", marks=pytest.mark.nightly),
+        pytest.param("gpt-oss", marks=pytest.mark.nightly),
+    ],
 )
 def test_greedy_tokens_equal_generate_alone_and_batched(name: str, tmp_path: Path) -> None:
     theirs = build(name, tmp_path)
@@ -282,7 +348,16 @@ def test_greedy_tokens_equal_generate_alone_and_batched(name: str, tmp_path: Pat
     assert generate(texts[:1], 7) == expected[:1]
 
 
-@pytest.mark.parametrize("name", ["qwen2-sliding", "qwen3-mqa-sliding", "mistral-sliding", "mixtral-sliding"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "qwen2-sliding",
+        "qwen3-mqa-sliding",
+        "mistral-sliding",
+        "mixtral-sliding",
+        *(pytest.param(name, marks=pytest.mark.nightly) for name in ("gemma2", "gemma3", "gpt-oss")),
+    ],
+)
 @pytest.mark.parametrize(("blocks", "ahead"), [(96, False), (28, True)], ids=["roomy", "tight and ahead"])
 def test_windows_that_let_go_of_blocks_change_nothing(name: str, blocks: int, ahead: bool, tmp_path: Path) -> None:
     """The engine trims, shares and preempts; twice the same prompts, the second time behind cached prefixes."""
@@ -326,9 +401,52 @@ def test_windows_that_let_go_of_blocks_change_nothing(name: str, blocks: int, ah
     assert stats.blocks_used == 0
 
 
+def test_caps_reach_whatever_is_asked_of_logits(tmp_path: Path) -> None:
+    """Log-probabilities, of prompts too, draws, and plain answers, alone and beside who asks for more."""
+    theirs = build("gemma2", tmp_path)
+    llm = LLM(str(tmp_path), dtype="float32", threads=1, max_model_len=160, block_size=4, num_blocks=200)
+    text = prompts(1, 30, 31)[0]
+    common: dict[str, Any] = {"max_tokens": 4, "ignore_eos": True, "detokenize": False}
+    plain = SamplingParams(**common, temperature=0.0)
+    told = SamplingParams(**common, temperature=0.0, logprobs=3, prompt_logprobs=2)
+    warm = SamplingParams(**common, temperature=1.0, seed=5, logprobs=1)
+    (alone,) = llm.generate([text], plain)
+    beside, answer, drawn = llm.generate([text, text, text[:9]], [plain, told, warm])
+    said = answer.outputs[0]
+    assert said.token_ids == beside.outputs[0].token_ids == alone.outputs[0].token_ids
+    for output, known in ((answer, text), (drawn, text[:9])):
+        whole = known + output.outputs[0].token_ids
+        with torch.no_grad():
+            logprobs = theirs(torch.tensor([whole])).logits[0].log_softmax(-1)
+        assert output.outputs[0].logprobs is not None
+        told_of: list[Any] = list(enumerate(output.outputs[0].logprobs, len(known) - 1))
+        told_of += enumerate(output.prompt_logprobs[1:] if output.prompt_logprobs else ())
+        for row, entries in told_of:
+            assert entries
+            for token, entry in entries.items():
+                assert abs(entry.logprob - float(logprobs[row, token])) < 1e-4
+
+
+def test_who_is_first_of_what_a_cap_makes_equal_does_not_depend_on_company(tmp_path: Path) -> None:
+    build("gemma2", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"final_logit_softcapping": 0.02}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    llm = LLM(str(tmp_path), dtype="float32", threads=1, max_model_len=160, block_size=4, num_blocks=200)
+    common: dict[str, Any] = {"max_tokens": 3, "temperature": 0.0, "ignore_eos": True, "detokenize": False}
+    plain, told = SamplingParams(**common), SamplingParams(**common, logprobs=5)
+    text = prompts(1, 30, 31)[0]
+    (alone,) = llm.generate([text], plain)
+    beside, answer = llm.generate([text, text], [plain, told])
+    assert alone.outputs[0].token_ids == beside.outputs[0].token_ids == answer.outputs[0].token_ids
+    assert answer.outputs[0].logprobs is not None
+    for entries in answer.outputs[0].logprobs:
+        assert len({entry.logprob for entry in entries.values()}) == 1, "several are at the cap"
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_stays_close_to_float32(dtype: torch.dtype, tmp_path: Path) -> None:
-    build("qwen2", tmp_path)
+@pytest.mark.parametrize("name", ["qwen2", "gemma2"])
+def test_half_precision_stays_close_to_float32(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    build(name, tmp_path)
     text = prompts(1, 60, 61)[0]
     exact = Server(open_model(tmp_path)[0]).step([(0, text)])[0]
     model, _ = open_model(tmp_path, dtype)
@@ -381,6 +499,72 @@ def test_experts_that_are_stored_together_load_like_single_ones(name: str, tmp_p
     )
     assert torch.equal(single, together)
     assert read_profile(tmp_path / "single") == read_profile(tmp_path / "together")
+
+
+def in_mxfp4(folder: Path, change: Any = None) -> dict[str, tuple[Tensor, Tensor]]:
+    """Writes a gpt-oss whose experts are random codes, and returns these; `change` may change what is stored."""
+    build("gpt-oss", folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "mxfp4"}}))
+    path, packed = folder / "model.safetensors", dict[str, tuple[Tensor, Tensor]]()
+    tensors = load_file(path)
+    for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        count, inputs, outputs = tensors.pop(name).shape
+        codes = torch.randint(256, (count, outputs, inputs // 32, 16), dtype=torch.uint8)
+        packed[name] = codes, torch.randint(121, 125, codes.shape[:3], dtype=torch.uint8)
+        tensors[f"{name}_blocks"], tensors[f"{name}_scales"] = packed[name]
+    if change is not None:
+        change(tensors)
+    save_file(tensors, path)
+    return packed
+
+
+def test_experts_in_mxfp4_are_what_their_codes_stand_for(tmp_path: Path) -> None:
+    packed = in_mxfp4(tmp_path)
+    theirs = build("gpt-oss", tmp_path / "float")
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if name in packed:
+                parameter.copy_(convert_moe_packed_tensors(*packed[name], dtype=torch.float32))
+        text = prompts(1, 40, 41)[0]
+        expected = theirs(torch.tensor([text])).logits[0, -1]
+    for backend in ("reference", "cpu"):
+        model, profile = open_model(tmp_path, backend=backend)
+        torch.testing.assert_close(Server(model).step([(0, text)])[0], expected, atol=1e-4, rtol=0)
+    assert model.bytes == sum(parameter.nbytes for parameter in theirs.parameters())
+    assert profile_from_config(profile.raw).weight_bytes == profile.weight_bytes < model.bytes
+    half = open_model(tmp_path, torch.bfloat16)[0]
+    ours, halves = (list(each.parameters()) for each in (open_model(tmp_path)[0], half))
+    experts = [at for at, weight in enumerate(ours) if weight.dim() == 2 and tuple(weight.shape) == (96, 64)]
+    assert experts
+    assert all(torch.equal(ours[at], halves[at].float()) for at in experts), "every number is one of bfloat16"
+
+
+def spoil_a_power(tensors: dict[str, Tensor]) -> None:
+    tensors["model.layers.1.mlp.experts.down_proj_scales"][2, 5, 1] = 255
+
+
+def lose_powers(tensors: dict[str, Tensor]) -> None:
+    del tensors["model.layers.1.mlp.experts.down_proj_scales"]
+
+
+def cut_codes(tensors: dict[str, Tensor]) -> None:
+    name = "model.layers.0.mlp.experts.gate_up_proj_blocks"
+    tensors[name] = tensors[name][:, :, :1].contiguous()
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (spoil_a_power, r"layers\.1\.mlp\.experts\.down_proj_scales has powers that are no numbers"),
+        (lose_powers, r"layers\.1\.mlp\.experts\.down_proj_scales is in none of the files"),
+        (cut_codes, r"gate_up_proj_blocks is U8 \[6, 192, 1, 16\], expected U8 \[6, 192, 2, 16\]"),
+    ],
+)
+def test_mxfp4_that_is_not_whole_is_refused(change: Any, named: str, tmp_path: Path) -> None:
+    in_mxfp4(tmp_path, change)
+    with pytest.raises(WrongTensors, match=f"{named}(.|\n)*hint:"):
+        open_model(tmp_path)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -44,11 +44,18 @@ def open_model(folder: Path, quantization: Quantization | None = None, backend: 
 
 def logits(model: DecoderModel) -> Tensor:
     """Of every token of one prompt."""
-    kv = KVCache.allocate(model.profile, 8, 16, torch.float32, CPU)
-    batch = PagedBatch.build(
-        starts=[0], query_lens=[len(IDS)], block_tables=[[3, 1, 2]], logits=[len(IDS)], block_size=16
-    )
-    return model.logits(model.forward(IDS, [batch] * len(kv.groups), kv))
+    kv = KVCache.allocate(model.profile, 16, 16, torch.float32, CPU)
+    batches = [
+        PagedBatch.build(
+            starts=[0],
+            query_lens=[len(IDS)],
+            block_tables=[[at + 3, at + 1, at + 2]],
+            logits=[len(IDS)],
+            block_size=16,
+        )
+        for at in range(0, 3 * len(kv.groups), 3)
+    ]
+    return model.logits(model.forward(IDS, batches, kv))
 
 
 def rounded(weight: Tensor, quantization: Quantization) -> Tensor:
@@ -78,7 +85,17 @@ def round_checkpoint(source: Path, target: Path, quantization: Quantization, *, 
 @pytest.mark.parametrize("method", ["int8", "int4"])
 @pytest.mark.parametrize(
     "name",
-    ["llama", "llama-tied", "llama-biases", "qwen2-tied", "qwen3-bias", "mistral-sliding", "mixtral", "qwen3-moe"],
+    [
+        "llama",
+        "llama-tied",
+        "llama-biases",
+        "qwen2-tied",
+        "qwen3-bias",
+        "mistral-sliding",
+        "mixtral",
+        "qwen3-moe",
+        "gemma3-capped",
+    ],
 )
 def test_a_quantized_model_is_the_plain_one_of_rounded_weights(
     name: str, method: Any, backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -86,8 +103,8 @@ def test_a_quantized_model_is_the_plain_one_of_rounded_weights(
     """Which tensors are rounded, fused stacks, biases, pieces. Activations stay, so nothing else differs."""
     monkeypatch.setattr(weights_module, "QUANTIZED_AT_A_TIME", 5 * 64)  # a few rows, and no whole number of them
     quantization = Quantization(method, "bf16", 32 if method == "int4" else None)
-    tied = name.endswith("tied")
     build(name, tmp_path / "float")
+    tied = read_profile(tmp_path / "float").tie_word_embeddings
     round_checkpoint(tmp_path / "float", tmp_path / "rounded", quantization, tied=tied)
     found = logits(open_model(tmp_path / "float", quantization, backend))
     expected = logits(open_model(tmp_path / "rounded"))
@@ -97,7 +114,17 @@ def test_a_quantized_model_is_the_plain_one_of_rounded_weights(
 
 
 @pytest.mark.parametrize("quantization", [INT8, INT4], ids=str)
-@pytest.mark.parametrize("name", ["llama-biases", "qwen2-sliding", "qwen3-mqa-sliding", "llama-tied", "mixtral"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "llama-biases",
+        "qwen2-sliding",
+        "qwen3-mqa-sliding",
+        "llama-tied",
+        "mixtral",
+        pytest.param("gemma2", marks=pytest.mark.nightly),
+    ],
+)
 def test_integers_in_and_out_give_about_the_same_and_the_same_in_any_company(
     name: str, quantization: Quantization, tmp_path: Path
 ) -> None:

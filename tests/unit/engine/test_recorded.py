@@ -92,6 +92,9 @@ STEPS: list[tuple[list[int], list[int], list[int]]] = [
         ("mixtral", torch.float32, None),
         ("qwen3-moe-mixed", torch.bfloat16, None),
         ("mixtral", torch.bfloat16, Quantization("int8")),
+        ("gemma2", torch.bfloat16, None),
+        ("gemma3-capped", torch.bfloat16, Quantization("int8")),
+        ("gpt-oss", torch.bfloat16, None),
     ],
 )
 def test_a_recorded_step_is_the_same_to_the_bit(

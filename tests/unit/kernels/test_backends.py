@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import random
 from collections.abc import Sequence
 from functools import partial
@@ -382,6 +383,7 @@ def test_norms(kernels: Backend, dtype: torch.dtype) -> None:
         return wide / (wide.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight.double()
 
     close(kernels.rms_norm(x, weight, 1e-6), norm(x.double()))
+    assert torch.equal(kernels.rms_norm(x, weight.float(), 1e-6), kernels.rms_norm(x, weight, 1e-6))
     close(kernels.add_rms_norm(x, residual, weight, 1e-6), norm(total.double()))
     assert torch.equal(residual, total)
 
@@ -396,13 +398,14 @@ def test_turns_are_cosines_and_signed_sines(kernels: Backend, width: int) -> Non
     close(sin, 1.3 * torch.cat((-angles.sin(), angles.sin()), -1)[:, None])
 
 
-@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("normed", ["", "normed", "in float32"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_heads_are_normed_turned_and_kept(kernels: Backend, dtype: torch.dtype, normed: bool) -> None:
+def test_heads_are_normed_turned_and_kept(kernels: Backend, dtype: torch.dtype, normed: str) -> None:
     torch.manual_seed(0)
     qkv, angles = torch.randn(5, 9, 40).to(dtype), torch.randn(5, 1, 20).double()
     cos, sin = angles.cos(), angles.sin()
-    norms = HeadNorms(torch.randn(40).to(dtype), torch.randn(40).to(dtype), 1e-5) if normed else None
+    kept = torch.float32 if normed == "in float32" else dtype
+    norms = HeadNorms(torch.randn(40).to(kept), torch.randn(40).to(kept), 1e-5) if normed else None
 
     def placed(x: Tensor, weight: Tensor | None) -> Tensor:
         wide = x.double()
@@ -429,11 +432,40 @@ def test_rows_are_taken(kernels: Backend, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_silu_mul(kernels: Backend, dtype: torch.dtype) -> None:
+def test_gates_of_an_mlp(kernels: Backend, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     both = (torch.randn(4, 60) * 3).to(dtype)
+    both[0, :4] = torch.tensor([-1e4, 1e4, 0.0, torch.nan])
     gate, up = both.double().chunk(2, -1)
-    close(kernels.silu_mul(both), gate * gate.sigmoid() * up)
+    bent = 1 + torch.tanh((2 / math.pi) ** 0.5 * (gate + 0.044715 * gate**3))
+    for found, expected in (
+        (kernels.silu_mul(both), gate * gate.sigmoid() * up),
+        (kernels.gelu_mul(both), gate / 2 * bent * up),
+    ):
+        assert found[0, 3].isnan()
+        close(found.nan_to_num(7.0), expected.nan_to_num(7.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_factor_is_rounded_before_it_multiplies(kernels: Backend, dtype: torch.dtype) -> None:
+    x = torch.randn(5, 40).to(dtype)
+    expected = (x.float() * torch.tensor(2304**0.5 + 0.1).to(dtype).float()).to(dtype)
+    assert kernels.multiply(x[:, :33], 2304**0.5 + 0.1).data_ptr() == x.data_ptr()
+    assert torch.equal(x[:, :33], expected[:, :33])
+    assert not torch.equal(x[:, 33:], expected[:, 33:])
+
+
+@pytest.mark.parametrize("cap", [30.0, 0.5])
+def test_soft_caps_of_logits(kernels: Backend, cap: float) -> None:
+    logits = torch.randn(3, 40_001) * torch.tensor([[1e-3], [30.0], [1e4]])
+    logits[0, :3] = torch.tensor([torch.inf, -torch.inf, torch.nan])
+    found = logits.clone()
+    kernels.cap_logits(found, cap)
+    assert found[0, :2].tolist() == [cap, -cap]
+    assert found[0, 2].isnan()
+    torch.testing.assert_close(
+        found[:, 3:].double(), cap * torch.tanh(logits[:, 3:].double() / cap), atol=1e-9, rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

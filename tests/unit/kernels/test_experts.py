@@ -20,7 +20,7 @@ import torch
 from tests.unit.kernels.test_backends import BACKENDS, backend
 from torch import Tensor
 
-from quire_kernels import Activations, Experts, KernelError, Kernels, Product, QuantizedWeight
+from quire_kernels import Activations, Clamp, Experts, KernelError, Kernels, Product, QuantizedWeight
 from quire_kernels.quantized import quantize_int4, quantize_int8
 
 SHAPES = [  # T, E, k, W, I
@@ -115,6 +115,34 @@ def test_experts_of_floats(kernels: Kernels, shape: tuple[int, ...], dtype: torc
     assert found.dtype == dtype
     close(found, formula(x, choice, shares, weights))
     assert sum(parameter.numel() for parameter in layer.parameters()) == 3 * experts * width * inner
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("clamp", [None, Clamp(1.7, 0.8)], ids=["silu", "clamped"])
+def test_experts_with_biases_and_a_clamped_gate(kernels: Kernels, clamp: Clamp | None, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    count, width, inner = 4, 96, 70
+    weights, x = random_weights(count, width, inner, dtype), torch.randn(11, width).to(dtype)
+    biases = [torch.randn(count, outputs).to(dtype) for outputs in (inner, inner, width)]
+    x[7, 2] = torch.nan
+    choice, shares = sent(11, count, 2)
+    stacked = [torch.stack(three) for three in zip(*weights, strict=True)]
+    layer = kernels.experts(*stacked, biases=(biases[0], biases[1], biases[2]), clamp=clamp)
+    assert sum(parameter.nbytes for parameter in layer.parameters()) == sum(t.nbytes for t in [*stacked, *biases])
+    found = layer(x, choice, shares)
+    exact, size = torch.zeros(2, 11, width, dtype=torch.float64)
+    for row, wide in enumerate(x.double()):
+        for expert, share in zip(choice[row].tolist(), shares[row].double(), strict=True):
+            (gate, up, down), at = weights[expert], [bias[expert].double() for bias in biases]
+            gated, other = gate.double() @ wide + at[0], up.double() @ wide + at[1]
+            if clamp is not None:
+                gated, other = gated.clamp(max=clamp.limit), other.clamp(-clamp.limit, clamp.limit) + 1
+            inside = gated / (1 + (-(1.0 if clamp is None else clamp.alpha) * gated).exp()) * other
+            exact[row] += share * (down.double() @ inside + at[2])
+            size[row] += share * (down.double().abs() @ inside.abs() + at[2].abs())
+    assert found[7].isnan().all()
+    rest = [row for row in range(11) if row != 7]
+    close(found[rest], (exact[rest], size[rest]))
 
 
 @pytest.mark.parametrize("bits", [8, 4])

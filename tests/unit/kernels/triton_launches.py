@@ -20,7 +20,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import KernelInterface
 
-from quire_kernels import Fp8Weight, HeadNorms
+from quire_kernels import Clamp, Fp8Weight, HeadNorms
 from quire_kernels.paging import PagedBatch
 from quire_kernels.reference.bytes import E4M3, LARGEST
 from quire_kernels.triton import (
@@ -51,15 +51,17 @@ def new(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
     return torch.empty(shape, dtype=dtype)
 
 
-def place_heads(num_heads: int, kv_heads: int, head: int, normed: bool, kept: torch.dtype = BF16) -> None:
-    norms = HeadNorms(new(head), new(head), 1e-6) if normed else None
+def place_heads(
+    num_heads: int, kv_heads: int, head: int, normed: bool, kept: torch.dtype = BF16, norm: torch.dtype = BF16
+) -> None:
+    norms = HeadNorms(new(head, dtype=norm), new(head, dtype=norm), 1e-6) if normed else None
     angles = new(3, 1, head, dtype=F32)
     held = head + 4 if kept in LARGEST else head
     cache, slots = new(2, 9, 16, kv_heads, held, dtype=kept), new(3, dtype=torch.int64)
     heads.place_heads(new(3, num_heads + 2 * kv_heads, head), num_heads, norms, angles, angles, cache, slots)
 
 
-def draw(rows: int, vocabulary: int, dtype: torch.dtype) -> None:
+def draw(rows: int, vocabulary: int, dtype: torch.dtype, cap: float | None = None) -> None:
     table = sample.DrawTable(
         new(9, dtype=F32),
         new(9, dtype=torch.int32),
@@ -69,7 +71,9 @@ def draw(rows: int, vocabulary: int, dtype: torch.dtype) -> None:
     )
     slots, out, last = (new(rows, dtype=torch.int32) for _ in range(3))
     room = sample.scratch(rows, vocabulary, "cpu")
-    sample.draw(new(rows, vocabulary, dtype=dtype), slots, new(rows, dtype=torch.int32), table, out, last, room)
+    sample.draw(
+        new(rows, vocabulary, dtype=dtype), slots, new(rows, dtype=torch.int32), table, out, last, room, cap
+    )
 
 
 def multiply(rows: int, outputs: int, width: int, tiling: product.Tiling | None = None) -> None:
@@ -122,6 +126,7 @@ def through_experts(
     inner: int,
     dtype: torch.dtype = BF16,
     tilings: experts.Tilings | None = None,
+    clamp: Clamp | None = None,
 ) -> None:
     choice, shares = experts.route(new(tokens, count, dtype=F32), chosen, over_chosen=True)
     # of one expert alone: nobody reads them, but they are allocated
@@ -130,6 +135,8 @@ def through_experts(
         new(1, inner, width, dtype=dtype).expand(count, -1, -1),
         new(1, width, inner, dtype=dtype).expand(count, -1, -1),
         H200.shared_bytes,
+        None if clamp is None else (new(count, inner), new(count, inner), new(count, width)),
+        clamp,
     )
     layer.cut(new(tokens, width, dtype=dtype), choice, shares, tilings or layer.tilings(tokens, chosen))
 
@@ -185,6 +192,11 @@ LAUNCHES: list[Callable[[], Any]] = [
     lambda: place_heads(16, 8, 128, normed=True, kept=torch.int8),
     lambda: place_heads(16, 8, 128, normed=True, kept=E4M3),
     lambda: gate.silu_mul(new(3, 2 * 14336), PLAIN),
+    lambda: gate.gelu_mul(new(3, 2 * 9216), PLAIN),
+    lambda: gate.gelu_mul(new(3, 2 * 9216), ROUNDED),
+    lambda: norm.add_rms_norm(new(3, 2304), new(3, 2304), new(2304, dtype=F32), 1e-6, PLAIN),
+    lambda: tokens.cap_logits(new(3, 256000, dtype=F32), 30.0),
+    lambda: draw(8, 256000, BF16, 30.0),
     lambda: rotation.turns(new(3, dtype=torch.int64), new(64, dtype=F32), 1.0),
     lambda: tokens.largest(new(3, 151936, dtype=F32)),
     lambda: tokens.mask_tokens(
@@ -212,6 +224,7 @@ LAUNCHES: list[Callable[[], Any]] = [
     lambda: attend([1, 40], 99, 8, 8, 64, H200, 128, sinks=True),  # gpt-oss
     lambda: prepare(1),
     lambda: through_experts(32, 128, 8, 2048, 768),
+    lambda: through_experts(32, 32, 4, 2880, 2880, clamp=Clamp(1.702, 7.0)),
 ]
 MORE: list[Callable[[], Any]] = [
     lambda: norm.rms_norm(new(3, 80), new(80), 1e-6, PLAIN),
@@ -220,6 +233,7 @@ MORE: list[Callable[[], Any]] = [
     lambda: place_heads(14, 2, 64, normed=False),
     lambda: place_heads(5, 1, 96, normed=True),
     lambda: place_heads(8, 8, 256, normed=True),
+    lambda: place_heads(4, 1, 256, normed=True, norm=F32),
     lambda: gate.silu_mul(new(3, 130), PLAIN),
     lambda: tokens.largest(new(3, 1001, dtype=F32)),
     lambda: draw(1, 1001, F32),

@@ -54,6 +54,7 @@ def test_norms(width: int, dtype: torch.dtype) -> None:
     )
     x = wide[:, :width]
     close(kernels.rms_norm(x, weight, 1e-5), reference.rms_norm(x, weight, 1e-5))
+    assert torch.equal(kernels.rms_norm(x, weight.float(), 1e-5), kernels.rms_norm(x, weight, 1e-5))
     found, expected = added.clone(), added.clone()
     close(kernels.add_rms_norm(x, found, weight, 1e-5), reference.add_rms_norm(x, expected, weight, 1e-5))
     assert torch.equal(found, expected)
@@ -79,7 +80,8 @@ def test_heads_are_placed(num_heads: int, kv_heads: int, head: int, normed: bool
             cos, sin = (torch.cat(pair, -1) for pair in ((angles.cos(),) * 2, (-angles.sin(), angles.sin())))
             norms = None
             if normed:
-                norms = HeadNorms(random(head, dtype=dtype, seed=1), random(head, dtype=dtype, seed=2), 1e-6)
+                kept = torch.float32 if num_heads == kv_heads else dtype
+                norms = HeadNorms(random(head, dtype=kept, seed=1), random(head, dtype=kept, seed=2), 1e-6)
             found, expected = (
                 torch.full((2, 3, 4, kv_heads, head), 7.0, dtype=cache_dtype, device=DEVICE) for _ in range(2)
             )
@@ -110,7 +112,21 @@ def test_turns(half: int) -> None:
 def test_the_gate(width: int, dtype: torch.dtype) -> None:
     both = 3 * random(3, 2 * width + 6, dtype=dtype)[:, : 2 * width]
     close(kernels.silu_mul(both), reference.silu_mul(both))
-    assert kernels.silu_mul(torch.full((1, 2), -1e4, device=DEVICE)).abs() < 1e-30
+    close(kernels.gelu_mul(both), reference.gelu_mul(both))
+    for act in (kernels.silu_mul, kernels.gelu_mul):
+        assert act(torch.full((1, 2), -1e4, device=DEVICE)).abs() < 1e-30
+
+
+@pytest.mark.nightly  # draws of capped logits (`triton_ops_draws`) are by the same kernel
+def test_soft_caps_and_factors() -> None:
+    logits = 20 * random(2, 2100)
+    logits[0, :3] = torch.tensor([torch.inf, -torch.inf, torch.nan])
+    found, expected = logits.clone(), logits.clone()
+    kernels.cap_logits(found, 30.0)
+    reference.cap_logits(expected, 30.0)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-6, equal_nan=True)
+    x = random(3, 40, dtype=torch.float16)
+    assert torch.equal(kernels.multiply(x.clone(), 48.1), reference.multiply(x, 48.1))
 
 
 # ── products ──────────────────────────────────────────────────────────────────────────────────────────────

@@ -38,6 +38,7 @@ def draw(
     seeds: list[int],
     positions: list[int],
     slots: list[int] | None = None,
+    cap: float | None = None,
 ) -> tuple[list[int], list[int]]:
     """Tokens of the rows, and the last tokens of the table, of one call."""
 
@@ -55,7 +56,7 @@ def draw(
     out, last = column([-9] * rows, torch.int32), column([-9] * len(samplings), torch.int32)
     places = column(list(range(rows)) if slots is None else slots, torch.int32)
     room = sample.scratch(rows, vocabulary, DEVICE)
-    sample.draw(logits, places, column(positions, torch.int32), table, out, last, room)
+    sample.draw(logits, places, column(positions, torch.int32), table, out, last, room, cap)
     return out.tolist(), last.tolist()
 
 
@@ -125,6 +126,25 @@ def test_a_vocabulary_is_cut_into_whole_tiles_and_no_more_programs_than_there_is
             assert rows * splits <= room.numbers.shape[0]
             assert 1 <= splits <= -(-vocabulary // 4096)
         assert sample.num_splits(1, vocabulary) == -(-vocabulary // 4096)
+
+
+def test_a_cap_is_that_of_logits_which_were_capped_before() -> None:
+    logits = 4 * random(4, 1100)
+    logits[3, 7] = torch.nan
+    capped = logits.clone()
+    kernels.cap_logits(capped, 3.0)
+    common: dict[str, Any] = {"max_tokens": 1}
+    asked = [
+        Sampling(**common, temperature=0.0),
+        Sampling(**common, temperature=1.0),
+        Sampling(**common, temperature=0.7, top_k=40, top_p=0.8),
+        Sampling(**common, temperature=0.7, min_p=0.1),
+    ]
+    seeds, positions = [1, 2, 3, 4], [5, 6, 7, 8]
+    found = draw(logits, asked, seeds, positions, cap=3.0)
+    assert found == draw(capped, asked, seeds, positions)
+    assert found[0][3] == sample.BROKEN
+    assert found[0][1] != draw(logits, asked, seeds, positions)[0][1], "the cap is what is looked at"
 
 
 def test_greedy_rows_take_the_first_of_the_largest(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from quire_kernels import KernelError
+from quire_kernels import Clamp, KernelError
 from quire_kernels.reference import ReferenceKernels
 from quire_kernels.triton import INTERPRETED, TritonKernels, experts
 
@@ -90,6 +90,19 @@ def test_a_layer(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     close(found, formula(x, choice, shares, of))
     # which of its experts a token names first does not matter
     assert torch.equal(of(x, choice.flip(-1).contiguous(), shares.flip(-1).contiguous()), found)
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_biases_and_a_clamped_gate(tokens: int) -> None:
+    plain, x = layer(4, 32, 24, torch.float32), random(tokens, 32)
+    biases = random(4, 24, seed=7), random(4, 24, seed=8), random(4, 32, seed=9)
+    choice, shares = sent(tokens, 4, 2)
+    for clamp in (None, Clamp(1.7, 0.8)):
+        found, expected = (
+            each.experts(plain.gate, plain.up, plain.down, biases=biases, clamp=clamp)(x, choice, shares)
+            for each in (kernels, reference)
+        )
+        close(found, expected.double())
 
 
 @pytest.mark.parametrize(("tall", "halves"), [(True, False), (True, True), (False, True)])

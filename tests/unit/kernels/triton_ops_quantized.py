@@ -238,6 +238,7 @@ def test_what_a_norm_or_a_gate_gives_is_rounded_with_it(
         lambda: mine.rms_norm(x, scale, 1e-5),
         lambda: mine.add_rms_norm(x, residual.clone(), scale, 1e-5),
         lambda: mine.silu_mul(random(3, 384, dtype=dtype)),
+        lambda: mine.gelu_mul(random(3, 384, dtype=dtype)),
     ]
     for make in makers:
         given = make()

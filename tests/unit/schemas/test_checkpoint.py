@@ -40,6 +40,9 @@ SMALL: dict[str, Any] = {
 }
 
 
+GEMMA2 = {"architectures": ["Gemma2ForCausalLM"], "num_key_value_heads": 1}
+GPT_OSS = {"architectures": ["GptOssForCausalLM"], "num_key_value_heads": 1}
+GEMMA3 = {"architectures": ["Gemma3ForCausalLM"], "num_key_value_heads": 1}
 FP8: dict[str, Any] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
 MIXTRAL = {"architectures": ["MixtralForCausalLM"], "num_key_value_heads": 2}
 
@@ -79,7 +82,8 @@ def refused(kind: type[CheckpointError], *words: str) -> Any:
 def test_a_config_that_leaves_everything_out_has_the_defaults_of_transformers(name: str) -> None:
     import transformers
 
-    theirs = getattr(transformers, name.replace("ForCausalLM", "Config"))()
+    config = {"Gemma3ForCausalLM": "Gemma3TextConfig"}.get(name, name.replace("ForCausalLM", "Config"))
+    theirs = getattr(transformers, config)()
     ours = profile_from_config({"architectures": [name]})
     head_dim = getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
     assert (ours.hidden_size, ours.intermediate_size) == (theirs.hidden_size, theirs.intermediate_size)
@@ -91,7 +95,16 @@ def test_a_config_that_leaves_everything_out_has_the_defaults_of_transformers(na
     assert ours.sliding_window == getattr(theirs, "sliding_window", None)
     assert ours.eos_token_ids == (() if theirs.eos_token_id is None else (theirs.eos_token_id,))
     theta = getattr(theirs, "default_theta", 10_000.0)
-    assert ours.rope_parameters == {"rope_type": "default", "rope_theta": theta}
+    if isinstance(theta, dict):
+        assert ours.sliding_rope == {"rope_type": "default", "rope_theta": theta["local"]}
+        theta = theta["global"]
+    rope = {"rope_type": "default"} if name != "GptOssForCausalLM" else theirs.rope_parameters
+    assert ours.rope_parameters == {**rope, "rope_theta": theta}
+    if (kinds := getattr(theirs, "layer_types", None)) is not None:
+        assert [f"{kind}_attention" for kind in ours.layer_kinds] == kinds
+    assert ours.attention_softcap == getattr(theirs, "attn_logit_softcapping", None)
+    assert ours.logit_softcap == getattr(theirs, "final_logit_softcapping", None)
+    assert ours.attention_scale == getattr(theirs, "query_pre_attn_scalar", ours.head_dim) ** -0.5
     if ours.experts is None:
         assert not hasattr(theirs, "num_experts_per_tok")
         return
@@ -221,6 +234,37 @@ def test_which_layers_have_experts() -> None:
     assert (sliding.sliding_window, set(sliding.layer_kinds)) == (9, {"sliding"})
 
 
+def test_gemmas_rope_parameters_in_all_spellings() -> None:
+    scaled, local = {"rope_type": "linear", "factor": 8.0}, {"rope_type": "default", "rope_theta": 1e4}
+    old = {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "rope_scaling": scaled}
+    new = {"rope_parameters": {"full_attention": {**scaled, "rope_theta": 1e6}, "sliding_attention": local}}
+    for spelling in (old, new, {"rope_scaling": scaled}):
+        profile = profile_from_config(SMALL | GEMMA3 | spelling)
+        assert profile.rope_parameters == {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0}
+        assert profile.sliding_rope == local
+    alike = profile_from_config(SMALL | GEMMA3 | {"rope_theta": 1e4})
+    assert (alike.rope_parameters, alike.sliding_rope) == (local, None)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "figures", "count"),
+    [
+        ("Gemma2ForCausalLM", {"num_hidden_layers": 26}, 2_614_341_888),  # gemma-2-2b
+        (
+            "Gemma3ForCausalLM",  # gemma-3-1b
+            {
+                "hidden_size": 1152, "intermediate_size": 6912, "num_attention_heads": 4, "num_key_value_heads": 1,
+                "vocab_size": 262_144,
+            },
+            999_885_952,
+        ),
+        ("GptOssForCausalLM", {"num_hidden_layers": 24, "num_local_experts": 32}, 20_914_757_184),  # gpt-oss-20b
+    ],
+)  # fmt: skip
+def test_public_sizes(architecture: str, figures: dict[str, Any], count: int) -> None:
+    assert profile_from_config({"architectures": [architecture], **figures}).num_parameters == count
+
+
 def test_old_and_new_spelling_of_rope_parameters_are_one() -> None:
     old = {"rope_theta": 1e6, "rope_scaling": {"type": "yarn", "factor": 4.0}}
     new = {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0}}
@@ -270,8 +314,23 @@ def test_kinds_of_layers() -> None:
             },
             ["no sliding window is in use"],
         ),
+        (GEMMA2 | {"sliding_window": None}, ["layer_types: names sliding layers"]),
+        (GEMMA2 | {"final_logit_softcapping": 0}, ["final_logit_softcapping", "got 0"]),
+        (GEMMA2 | {"query_pre_attn_scalar": -1}, ["query_pre_attn_scalar", "got -1"]),
+        (GEMMA2 | {"layer_types": ["full_attention"]}, ["layer_types: has 1 entries for 2 layers"]),
+        (
+            GEMMA3 | {"rope_parameters": {"rope_theta": 1e4}},
+            ["rope_parameters", "full_attention and sliding_attention"],
+        ),
+        (
+            GEMMA3 | {"rope_parameters": {"sliding_attention": {"rope_theta": 0}}},
+            ["rope_parameters.sliding_attention.rope_theta"],
+        ),
         (MIXTRAL | {"num_experts_per_tok": 9}, ["num_experts_per_tok: 9 of 8 experts"]),
         (MIXTRAL | {"num_experts_per_tok": 0}, ["num_experts_per_tok"]),
+        (GPT_OSS | {"num_local_experts": 0}, ["num_local_experts: is 0"]),
+        (GPT_OSS | {"quantization_config": {"quant_method": "mxfp4"}}, ["hidden_size: 8 is no whole", "of 32"]),
+        (GPT_OSS | {"swiglu_limit": 0.0}, ["swiglu_limit", "got 0.0"]),
         (MIXTRAL | {"num_local_experts": 0}, ["num_local_experts: is 0"]),
         (MIXTRAL | {"num_local_experts": 8, "num_experts": 4}, ["num_local_experts: 8, but num_experts is 4"]),
         (MIXTRAL | {"architectures": ["Qwen3MoeForCausalLM"], "decoder_sparse_step": 0}, ["decoder_sparse_step"]),
@@ -288,6 +347,10 @@ def test_config_values_that_make_no_sense(change: dict[str, Any], words: list[st
         ({"hidden_act": "gelu"}, ["hidden_act: gelu"]),
         ({"dtype": "float64"}, ["dtype: float64"]),
         ({"quantization_config": {"quant_method": "gptq"}}, ["quantised by gptq"]),
+        ({"quantization_config": {"quant_method": "mxfp4"}}, ["quantised by mxfp4", "in bfloat16"]),
+        (GPT_OSS | {"quantization_config": {"quant_method": "awq"}}, ["quantised by awq"]),
+        (GPT_OSS | {"quantization_config": FP8}, ["GptOssForCausalLM in fp8"]),
+        (GPT_OSS | {"hidden_act": "gelu"}, ["hidden_act: gelu", "silu only"]),
         ({"quantization_config": [1]}, ["quantised by unnamed"]),
         ({"quantization_config": {"quant_method": "fp8"}}, ["weight_block_size: None"]),
         ({"quantization_config": FP8 | {"weight_block_size": [1, 128]}}, ["weight_block_size:"]),
@@ -305,6 +368,10 @@ def test_config_values_that_make_no_sense(change: dict[str, Any], words: list[st
         ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor: 0.5"]),
         ({"rope_scaling": {"rope_type": "longrope"}}, ["rope type 'longrope'", "default, linear, dynamic"]),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, ["per kind of layer"]),
+        (GEMMA2 | {"hidden_activation": "gelu"}, ["hidden_activation: gelu", "gelu_pytorch_tanh only"]),
+        (GEMMA2 | {"use_bidirectional_attention": True}, ["use_bidirectional_attention: true"]),
+        (GEMMA3 | {"attn_logit_softcapping": 50.0}, ["attn_logit_softcapping: 50"]),
+        (GEMMA3 | {"rope_scaling": {"rope_type": "longrope"}}, ["rope_scaling: rope type 'longrope'"]),
         (
             {"architectures": ["MistralForCausalLM"], "num_key_value_heads": 2, "layer_types": ["a", "b"]},
             ["layer_types"],
@@ -352,7 +419,7 @@ def test_modules_that_are_kept_have_two_spellings_that_may_not_differ() -> None:
 def test_an_unsupported_architecture_lists_those_there_are(value: object) -> None:
     found = "is missing" if value is None else ""
     with refused(
-        UnsupportedArchitecture, "architectures", found, "hint: this version runs LlamaForCausalLM, Mistral"
+        UnsupportedArchitecture, "architectures", found, "hint: this version runs .*LlamaForCausalLM, Mistral"
     ):
         profile_from_config(SMALL | {"architectures": value})
 

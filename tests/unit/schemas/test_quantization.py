@@ -9,7 +9,7 @@ import msgspec
 import pytest
 from tests.unit.schemas.test_sizing import LLAMA_8B, QWEN_HALF_B, ask, gpu, offers
 
-from quire_schemas.checkpoint import ModelProfile
+from quire_schemas.checkpoint import ModelProfile, profile_from_config
 from quire_schemas.fp8 import Fp8Profile
 from quire_schemas.quantization import FLOATS, GROUP_SIZES, Unquantizable, resolve
 from quire_schemas.sizing import GIB, activation_bytes, fit, weight_bytes
@@ -61,6 +61,11 @@ def test_auto_follows_the_method(declared: dict[str, Any], expected: Quantizatio
             section("int4"),
             replace(QWEN_HALF_B, hidden_size=900),
             *("bfloat16", "cpu", "groupSize", "900 inputs of model.embed_tokens", "declare method: int8"),
+        ),
+        (
+            section("int8"),
+            profile_from_config({"architectures": ["GptOssForCausalLM"]}),
+            *("bfloat16", "cpu", "method", "quantized experts of GptOssForCausalLM", "declare method: none"),
         ),
         (
             section("int8"),

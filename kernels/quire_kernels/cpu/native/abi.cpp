@@ -87,9 +87,12 @@ void quire_turns(Engine* it, const Turns* call) { turns(it->pool, *call); }
 void quire_place_heads(Engine* it, const PlaceHeads* call) {
   place_heads(it->pool, *call, it->room(place_heads_scratch(it->pool.size(), *call)));
 }
-void quire_silu_mul(Engine* it, const SiluMul* call) { silu_mul(it->pool, *call); }
+void quire_silu_mul(Engine* it, const Gate* call) { silu_mul(it->pool, *call); }
+void quire_gelu_mul(Engine* it, const Gate* call) { gelu_mul(it->pool, *call); }
+void quire_multiply(Engine* it, const Multiply* call) { multiply(it->pool, *call); }
 void quire_take(Engine* it, const Take* call) { take(it->pool, *call); }
 void quire_largest(Engine* it, const Largest* call) { largest(it->pool, *call, it->room(largest_scratch(*call))); }
+void quire_cap_logits(Engine* it, const CapLogits* call) { cap_logits(it->pool, *call); }
 void quire_mask_tokens(Engine* it, const MaskTokens* call) { mask_tokens(it->pool, *call); }
 
 // What a step says of its sequences to every layer of a kind.

@@ -142,6 +142,21 @@ inline void along(int64_t width, Work&& work) {
   if (at < width) work(at, static_cast<int>(width - at));
 }
 
+// What goes down.
+template <bool kClamped>
+struct Gated {
+  explicit Gated(const Experts& call)
+      : alpha(splat(static_cast<float>(-call.alpha))), limit(splat(static_cast<float>(call.limit))) {}
+  Vec operator()(Vec gate, Vec up) const {
+    const Vec one = splat(1.0f);
+    if constexpr (!kClamped) return gate / (one + exp(zero() - gate)) * up;
+    gate = min(limit, gate);  // in this order what is not a number goes through
+    up = min(limit, max(zero() - limit, up));
+    return gate / (one + exp(alpha * gate)) * (up + one);
+  }
+  Vec alpha, limit;
+};
+
 // How the scratch is cut, behind what `Groups` takes.
 struct Layout {
   float* sums;   // [rows][width]
@@ -164,7 +179,7 @@ int64_t room_bytes(const Product* products) {
   return std::max(Made::room(products[0]), Made::room(products[2]));
 }
 
-template <class X, class Made, class Product>
+template <class X, class Made, bool kClamped, class Product>
 void compute(Pool& pool, const Experts& call, const Product* products, void* scratch) {
   Pieces pieces(scratch);
   Groups groups(call, pieces);
@@ -179,6 +194,7 @@ void compute(Pool& pool, const Experts& call, const Product* products, void* scr
   const Made inputs(products[0], pairs, layout.made);
   pool.each(pairs, [&](int64_t pair, int) { inputs.make(x + groups.row[pair] * call.stride, pair); });
 
+  const Gated<kClamped> gated(call);
   const int64_t across = panels(inner);
   pool.each(groups.num_active * across, [&](int64_t task, int thread) {
     const int64_t expert = groups.active[task / across], number = task % across, from = number * kPanel;
@@ -191,8 +207,7 @@ void compute(Pool& pool, const Experts& call, const Product* products, void* scr
         X* to = hidden + (first + row) * inner + from;
         along(in_panel, [&](int64_t at, int n) {
           const Vec gate = load(gates + row * kPanel + at), up = load(ups + row * kPanel + at);
-          const Vec gated = gate / (splat(1.0f) + exp(zero() - gate)) * up;
-          n == kLanes ? store(to + at, gated) : store(to + at, gated, n);
+          n == kLanes ? store(to + at, gated(gate, up)) : store(to + at, gated(gate, up), n);
         });
       }
     });
@@ -245,8 +260,12 @@ int64_t experts_scratch(int threads, const Experts& call) {
 
 void experts(Pool& pool, const Experts& call, void* scratch) {
   auto as = [&]<class X>(X) {
-    call.floats ? compute<X, FloatRows>(pool, call, call.floats, scratch)
-                : compute<X, WholeRows>(pool, call, call.quantized, scratch);
+    if (call.quantized)
+      compute<X, WholeRows, false>(pool, call, call.quantized, scratch);
+    else if (call.limit > 0.0)
+      compute<X, FloatRows, true>(pool, call, call.floats, scratch);
+    else
+      compute<X, FloatRows, false>(pool, call, call.floats, scratch);
   };
   call.format == kFloat32 ? as(float{}) : call.format == kBfloat16 ? as(bf16{}) : as(fp16{});
 }

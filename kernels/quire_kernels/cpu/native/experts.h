@@ -22,6 +22,8 @@ void route(Pool& pool, const Route& call);
 // Gated MLPs of which each row goes through a few:
 //
 //     out[t] = Σ_r shares[t, r] · down_e(silu(gate_e(x[t])) · up_e(x[t])),   e = choice[t, r]
+//
+// With a limit (1 + up) · gate · sigmoid(alpha · gate) goes down, of min(gate, limit) and of up within ±limit.
 struct Experts {
   int64_t rows;
   Format format;  // of x and out
@@ -29,6 +31,7 @@ struct Experts {
   int64_t stride, width, inner, experts, chosen;
   const int64_t* choice;  // [rows, chosen], none twice in a row
   const float* shares;    // [rows, chosen]
+  double alpha, limit;    // no limit: 0
   // The products gate, up and down of each expert, [experts, 3], without rows: one of the two, the other null.
   const Linear* floats;
   const QuantizedLinear* quantized;

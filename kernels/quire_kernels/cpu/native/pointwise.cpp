@@ -42,8 +42,8 @@ inline void put(T* p, Vec a, int n) {
   }
 }
 
-template <class T>
-void norm_row(const T* x, const T* weight, int64_t width, float eps, T* out) {
+template <class T, class W>
+void norm_row(const T* x, const W* weight, int64_t width, float eps, T* out) {
   Vec squares = zero();
   along(width, [&](int64_t at, int n) {
     Vec v = some(x + at, n);
@@ -65,8 +65,8 @@ void turn_row(const T* x, const float* cos, const float* sin, int64_t width, T* 
 }
 
 // A head's numbers, normed if there is a weight, and rotated.
-template <class T>
-void place_head(const T* x, const T* norm, float eps, const float* cos, const float* sin, int64_t width, T* to) {
+template <class T, class W>
+void place_head(const T* x, const W* norm, float eps, const float* cos, const float* sin, int64_t width, T* to) {
   if (norm) norm_row(x, norm, width, eps, to);
   turn_row(norm ? to : x, cos, sin, width, to);
 }
@@ -77,24 +77,42 @@ void with(Format format, Act&& act) {
   format == kFloat32 ? act(float{}) : format == kBfloat16 ? act(bf16{}) : act(fp16{});
 }
 
+// Calls act(a number of the format, one of the weight's): that is another format only if it is float32.
+template <class Act>
+void with(Format format, Format weight_format, Act&& act) {
+  with(format, [&]<class T>(T number) { weight_format == kFloat32 ? act(number, float{}) : act(number, number); });
+}
+
+// through(gate) · up.
+template <class Through>
+void gated(Pool& pool, const Gate& call, Through&& through) {
+  with(call.format, [&]<class T>(T) {
+    in_pieces(pool, call.rows, call.width, [&](int64_t row) {
+      const T *gate = static_cast<const T*>(call.gate_up) + row * call.stride, *up = gate + call.width;
+      T* to = static_cast<T*>(call.out) + row * call.width;
+      along(call.width, [&](int64_t at, int n) { put(to + at, through(some(gate + at, n)) * some(up + at, n), n); });
+    });
+  });
+}
+
 }  // namespace
 
 void rms_norm(Pool& pool, const RmsNorm& call) {
-  with(call.format, [&]<class T>(T) {
+  with(call.format, call.weight_format, [&]<class T, class W>(T, W) {
     in_pieces(pool, call.rows, call.width, [&](int64_t row) {
-      norm_row(static_cast<const T*>(call.x) + row * call.stride, static_cast<const T*>(call.weight), call.width,
+      norm_row(static_cast<const T*>(call.x) + row * call.stride, static_cast<const W*>(call.weight), call.width,
                static_cast<float>(call.eps), static_cast<T*>(call.out) + row * call.width);
     });
   });
 }
 
 void add_rms_norm(Pool& pool, const AddRmsNorm& call) {
-  with(call.format, [&]<class T>(T) {
+  with(call.format, call.weight_format, [&]<class T, class W>(T, W) {
     in_pieces(pool, call.rows, call.width, [&](int64_t row) {
       const T* from = static_cast<const T*>(call.x) + row * call.stride;
       T* to = static_cast<T*>(call.residual) + row * call.residual_stride;
       along(call.width, [&](int64_t at, int n) { put(to + at, some(from + at, n) + some(to + at, n), n); });
-      norm_row(to, static_cast<const T*>(call.weight), call.width, static_cast<float>(call.eps),
+      norm_row(to, static_cast<const W*>(call.weight), call.width, static_cast<float>(call.eps),
                static_cast<T*>(call.out) + row * call.width);
     });
   });
@@ -121,8 +139,8 @@ int64_t place_heads_scratch(int threads, const PlaceHeads& call) {
 void place_heads(Pool& pool, const PlaceHeads& call, void* scratch) {
   const int64_t dim = call.cache.head_dim, kv_heads = call.cache.kv_heads, heads = call.heads;
   const float eps = static_cast<float>(call.eps);
-  with(call.format, [&]<class T>(T) {
-    const T *query_norm = static_cast<const T*>(call.query_norm), *key_norm = static_cast<const T*>(call.key_norm);
+  with(call.format, call.norm_format, [&]<class T, class W>(T, W) {
+    const W *query_norm = static_cast<const W*>(call.query_norm), *key_norm = static_cast<const W*>(call.key_norm);
     pool.each(call.rows, [&](int64_t row, int thread) {
       const T* from = static_cast<const T*>(call.qkv) + row * call.stride;
       const float *cos = call.cos + row * dim, *sin = call.sin + row * dim;
@@ -137,15 +155,22 @@ void place_heads(Pool& pool, const PlaceHeads& call, void* scratch) {
   });
 }
 
-void silu_mul(Pool& pool, const SiluMul& call) {
+void silu_mul(Pool& pool, const Gate& call) {
+  gated(pool, call, [](Vec g) { return g / (splat(1.0f) + exp(zero() - g)); });
+}
+
+void gelu_mul(Pool& pool, const Gate& call) {
+  // (1 + tanh(u)) / 2 is 1 / (1 + e^-2u)
+  const Vec first = splat(-1.5957691216057308f), third = splat(-0.07135481627260025f);  // -√(8 / π), times 0.044715
+  gated(pool, call, [&](Vec g) { return g / (splat(1.0f) + exp(g * fma(g * g, third, first))); });
+}
+
+void multiply(Pool& pool, const Multiply& call) {
+  const Vec factor = splat(static_cast<float>(call.factor));
   with(call.format, [&]<class T>(T) {
     in_pieces(pool, call.rows, call.width, [&](int64_t row) {
-      const T *gate = static_cast<const T*>(call.gate_up) + row * call.stride, *up = gate + call.width;
-      T* to = static_cast<T*>(call.out) + row * call.width;
-      along(call.width, [&](int64_t at, int n) {
-        Vec g = some(gate + at, n);
-        put(to + at, g / (splat(1.0f) + exp(zero() - g)) * some(up + at, n), n);
-      });
+      T* x = static_cast<T*>(call.x) + row * call.stride;
+      along(call.width, [&](int64_t at, int n) { put(x + at, some(x + at, n) * factor, n); });
     });
   });
 }
@@ -208,6 +233,17 @@ void largest(Pool& pool, const Largest& call, void* scratch) {
     call.values[row] = best.value;
     call.places[row] = best.place;
   }
+}
+
+void cap_logits(Pool& pool, const CapLogits& call) {
+  const int64_t parts = (call.width + kPart - 1) / kPart;
+  const Vec cap = splat(static_cast<float>(call.cap)), by = splat(static_cast<float>(1.0 / call.cap));
+  pool.each(call.rows * parts, [&](int64_t piece, int) {
+    const int64_t begin = piece % parts * kPart;
+    float* row = call.logits + piece / parts * call.stride + begin;
+    along(std::min(kPart, call.width - begin),
+          [&](int64_t at, int n) { put(row + at, cap * tanh(some(row + at, n) * by), n); });
+  });
 }
 
 void mask_tokens(Pool& pool, const MaskTokens& call) {

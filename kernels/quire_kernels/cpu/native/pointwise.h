@@ -7,12 +7,13 @@
 
 namespace quire {
 
-// x / sqrt(mean(x²) + eps) · weight. Tensors without a stride are dense.
+// x / sqrt(mean(x²) + eps) · weight, which is in the format of x or in float32. Tensors without a stride are dense.
 struct RmsNorm {
   int64_t rows;
   Format format;
   const void* x;  // [rows, width]
   int64_t stride, width;
+  Format weight_format;
   const void* weight;
   double eps;
   void* out;
@@ -27,6 +28,7 @@ struct AddRmsNorm {
   int64_t stride, width;
   void* residual;
   int64_t residual_stride;
+  Format weight_format;
   const void* weight;
   double eps;
   void* out;
@@ -50,6 +52,7 @@ struct PlaceHeads {
   Format format;
   const void* qkv;  // [rows, heads + 2 · kv_heads, head_dim]
   int64_t stride, heads;
+  Format norm_format;                 // as of `RmsNorm`
   const void *query_norm, *key_norm;  // [head_dim] each, or null
   double eps;
   const float *cos, *sin;  // [rows, head_dim], the first half of the sines negated
@@ -60,14 +63,26 @@ struct PlaceHeads {
 void place_heads(Pool& pool, const PlaceHeads& call, void* scratch);
 int64_t place_heads_scratch(int threads, const PlaceHeads& call);
 
-struct SiluMul {
+// An MLP's gate, through silu or through gelu as tanh approximates it, times what lies behind it.
+struct Gate {
   int64_t rows;
   Format format;
   const void* gate_up;  // [rows, 2 · width]
   int64_t stride, width;
   void* out;
 };
-void silu_mul(Pool& pool, const SiluMul& call);
+void silu_mul(Pool& pool, const Gate& call);
+void gelu_mul(Pool& pool, const Gate& call);
+
+// x · factor, in place.
+struct Multiply {
+  int64_t rows;
+  Format format;
+  void* x;  // [rows, width]
+  int64_t stride, width;
+  double factor;
+};
+void multiply(Pool& pool, const Multiply& call);
 
 // Some rows of x, as bytes.
 struct Take {
@@ -94,6 +109,15 @@ struct Peak {
 };
 Peak peak(const float* row, int64_t begin, int64_t end);  // of a part of one
 int64_t largest_scratch(const Largest& call);
+
+// cap · tanh(x / cap), in place.
+struct CapLogits {
+  int64_t rows;
+  float* logits;
+  int64_t stride, width;
+  double cap;
+};
+void cap_logits(Pool& pool, const CapLogits& call);
 
 // -inf for every token of the rows `ids` whose bit is not set.
 struct MaskTokens {
