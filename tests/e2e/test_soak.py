@@ -1,8 +1,9 @@
 """R30: a platform under mixed traffic for a long time neither grows nor leaves anything lying.
 
-First a round of everything and a warm-up, after which all caches have what they may have, then a rest and a look
-at each process: descriptors, threads, tasks, shared memory, blocks, labels of metrics. Then the same traffic with
-two rollouts, during which memory is read, and after it another rest and another look, which must find the same.
+First a round of everything and a warm-up in a hurry, after which all caches have what they may have, then a rest
+and a look at each process: descriptors, threads, tasks, shared memory, blocks, labels of metrics. Then the same
+traffic with two rollouts, during which memory is read, and after it another rest and another look, which must find
+the same.
 
     make soak MINUTES=30                what grew, and a row for each process in benchmarks/results/survival.jsonl
     make soak MINUTES=30 SOAK_TRACE=1   the same with tracemalloc: slower and larger, and it says where
@@ -42,6 +43,10 @@ from quire_schemas import wire
 
 MINUTES = float(os.environ.get("QUIRE_SOAK_MINUTES", times(2, 30)))
 WARM = MINUTES / 3
+PAUSE = 0.5
+"""Mean seconds between an answer and the next question of a client."""
+WARM_PAUSE = 0.05
+"""The same in the warm-up: what fills with requests, not with time, is to be full by its end."""
 REST = 30.0
 """Seconds without a request before each look."""
 READ_EVERY = 2.0
@@ -131,8 +136,9 @@ class Soak:
         self.rollouts += 1
         self.platform.run("apply", self._models(), timeout=600)
 
-    def run(self, minutes: float, rollouts: int) -> None:
+    def run(self, minutes: float, rollouts: int, *, pause: float = PAUSE) -> None:
         """Traffic for so long, with rollouts at even distances, and what people look at besides."""
+        self.traffic.pause = pause
 
         async def soak() -> None:
             asking = asyncio.create_task(self.traffic.run(60 * minutes))
@@ -206,7 +212,7 @@ def soak(platform: Platform) -> Iterator[Soak]:
 @pytest.mark.nightly
 def test_r30_a_soaked_platform_neither_grows_nor_keeps_anything(soak: Soak) -> None:
     asyncio.run(soak.traffic.each_once())
-    soak.run(WARM, rollouts=0)
+    soak.run(WARM, rollouts=0, pause=WARM_PAUSE)
     before = soak.rest()
     measured_from = time.monotonic() - soak.watch.started_at
     asked_before = sum(soak.traffic.told.values())
