@@ -1,6 +1,6 @@
 """Quire on one GPU: figures beside the roofline of the same card, measured in the same run.
 
-    python -m benchmarks.gpu --parts exactness,attention,experts,0.6b,8b --out rows.jsonl
+    python -m benchmarks.gpu --parts exactness,attention,experts,tune,0.6b,8b --out rows.jsonl
 
 Needs torch, triton and what engine, kernels and schemas import; no network and no weights, which are random and
 made on the device. `roofline` is what a step cannot beat: bytes that it has to read over the bandwidth of a large
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import random
 import statistics
 import sys
@@ -36,6 +37,7 @@ from quire_engine.driver import spare_the_collector
 from quire_engine.engine import DTYPES, KV_DTYPES, Engine
 from quire_engine.models import DecoderModel, KVCache, load_model
 from quire_engine.quantization import linear_method
+from quire_engine.resident import runner as resident
 from quire_engine.resident.runner import Begun, ResidentRunner
 from quire_engine.step import StepResult
 from quire_kernels import load as load_kernels
@@ -600,6 +602,65 @@ def exactness(folder: Path) -> Iterator[dict[str, Any]]:
         }
 
 
+# ── tilings ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def tuning_rows(card: Card, *, quick: bool) -> Iterator[dict[str, Any]]:
+    """What an engine's start finds of each family of kernels, in a folder of its own; then decoding with what was
+    found beside decoding with the defaults.
+    """
+    formats: list[tuple[KvDtype, Quantization | None]] = [("bfloat16", None), ("int8", Quantization("int8"))]
+    home, limit = os.environ.get("XDG_CACHE_HOME"), resident.TUNING_SECONDS
+    for kv, quantization in formats[:1] if quick else formats:
+        # defaults last: where both are equal, what a card gives after a while is what counts
+        for way, seconds in (("chosen", 240.0), ("default", 0.0)):
+            with tempfile.TemporaryDirectory() as folder:
+                try:
+                    os.environ["XDG_CACHE_HOME"], resident.TUNING_SECONDS = folder, seconds
+                    bench = Bench(
+                        "llama-3.1-8b", seqs=256, tokens=2048, length=4096, kv_bytes=20 << 30, kv=kv,
+                        quantization=quantization,
+                    )  # fmt: skip
+                finally:
+                    os.environ.pop("XDG_CACHE_HOME")
+                    os.environ.update({} if home is None else {"XDG_CACHE_HOME": home})
+                    resident.TUNING_SECONDS = limit
+            yield from _found(bench) if way == "chosen" else ()
+            for batch in (1, 32, 256):
+                yield decode(bench, card, batch, 1024, 32) | {"part": "tuned decode", "tilings": way}
+            yield prefill(bench, card, 2048) | {"part": "tuned prefill", "tilings": way}
+            bench.close()
+
+
+def _loaded(bench: Bench) -> str:
+    return f"loaded in {bench.load_seconds:.1f} s, captured {bench.runner.program.captured}; {bench.runner.tuned}"
+
+
+def _found(bench: Bench) -> Iterator[dict[str, Any]]:
+    report = bench.runner.tuned
+    for name, default, taken, before, after in report.measured:
+        yield {
+            "part": "tune",
+            "model": bench.name,
+            "family": name,
+            "default": list(default),
+            "chosen": list(taken),
+            "default_us": round(before * 1e6, 2),
+            "us": round(after * 1e6, 2),
+            "saved": round(1 - after / before, 3),
+        }
+    yield {
+        "part": "tuning",
+        "model": bench.name,
+        "families": report.families,
+        "measured": len(report.measured),
+        "changed": sum(default != taken for _, default, taken, *_ in report.measured),
+        "left": len(report.left),
+        "skipped": report.skipped,
+        "seconds": round(report.seconds, 1),
+    }
+
+
 # ── attention alone ───────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -861,9 +922,11 @@ def _rows(part: str, card: Card, options: argparse.Namespace) -> Iterator[dict[s
         yield from experts_rows(replayed, card.bandwidth, card.bf16, sweep=options.sweep, quick=quick)
     elif part == "products":
         yield from product_rows(card, replayed, sweep=options.sweep, kinds=options.kinds, rows_of=options.rows)
+    elif part == "tune":
+        yield from tuning_rows(card, quick=quick)
     elif part == "0.6b":
         bench = Bench("qwen3-0.6b", seqs=256, tokens=16384, length=2304, kv_bytes=60 << 30)
-        print(f"loaded in {bench.load_seconds:.1f} s, captured {bench.runner.program.captured}", flush=True)
+        print(_loaded(bench), flush=True)
         for batch in (1, 32, 256) if quick else (1, 8, 32, 128, 256):
             yield decode(bench, card, batch, 1024, 64)
         yield prefill(bench, card, 2048)
@@ -873,7 +936,7 @@ def _rows(part: str, card: Card, options: argparse.Namespace) -> Iterator[dict[s
         bench.close()
     elif part == "8b":
         bench = Bench("llama-3.1-8b", seqs=1000, tokens=8192, length=8448, kv_bytes=70 << 30)
-        print(f"loaded in {bench.load_seconds:.1f} s, captured {bench.runner.program.captured}", flush=True)
+        print(_loaded(bench), flush=True)
         for batch in (1, 32, 256) if quick else (1, 8, 32, 64, 128, 256):
             yield decode(bench, card, batch, 1024, 32)
         for tokens in (2048, 8192):
@@ -891,7 +954,7 @@ def _rows(part: str, card: Card, options: argparse.Namespace) -> Iterator[dict[s
         bench.close()
     elif part == "30b-a3b":
         bench = Bench("qwen3-30b-a3b", seqs=256, tokens=8192, length=2304, kv_bytes=30 << 30)
-        print(f"loaded in {bench.load_seconds:.1f} s, captured {bench.runner.program.captured}", flush=True)
+        print(_loaded(bench), flush=True)
         for batch in (1, 32, 256):
             yield decode(bench, card, batch, 1024, 32)
         yield prefill(bench, card, 2048)

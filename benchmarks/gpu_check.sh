@@ -20,7 +20,7 @@ export PYTHONPATH="$PWD/schemas:$PWD/kernels:$PWD/engine:$PWD/platform:$PWD${PYT
 unset TRITON_INTERPRET
 LIMIT=600
 
-every=(attention products experts 0.6b 0.6b-int8-kv 0.6b-fp8-kv 8b 8b-int8 8b-int8-fp8-kv 8b-int4 8b-fp8
+every=(attention tune products experts 0.6b 0.6b-int8-kv 0.6b-fp8-kv 8b 8b-int8 8b-int8-fp8-kv 8b-int4 8b-fp8
        transformers-0.6b transformers-8b)
 quick=()
 parts=()

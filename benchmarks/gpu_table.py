@@ -114,6 +114,12 @@ def lines(rows: Sequence[Row]) -> list[str]:
         shown.append(
             (name, _share(row["roofline_share"]), "", "", f"{row['us']:,.0f} us, bound by {row['bound']}")
         )
+    for row in _of(rows, "tuning"):
+        told = f"{row['measured']}/{row['families']} timed in {row['seconds']:.0f} s, {row['left']} left"
+        shown.append((f"tilings other than the default, {row['model']}", str(row["changed"]), "", "", told))
+    for row in _of(rows, "tuned decode"):
+        name = f"{row['model']}, {row['batch']} at 1k, tilings: {row['tilings']}, tokens/s"
+        shown.append((name, f"{row['tokens_per_second']:,.0f}", "", "", f"{row['ms']} ms"))
     for row in _of(rows, "memory"):
         shown.append((f"activations, MiB, {row['model']}", *_memory(row)))
     if len(shown) == 1:

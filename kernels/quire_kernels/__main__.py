@@ -1,5 +1,9 @@
 """`python -m quire_kernels`: which back-ends can be used here, as one JSON object on stdout.
 
+    python -m quire_kernels tilings                  the tilings that were chosen on this machine (`tilings`)
+    python -m quire_kernels tilings --clear          forgets them: the next engine that starts measures anew
+    python -m quire_kernels tilings --unmeasured     forgets those that there was no time to measure
+
     {"torch": version, "cuda": version torch was built for or null, "gpus": number that torch sees,
      "backends": [{"name", "available", "reason"}]}
 
@@ -9,16 +13,31 @@ was in the way. For `platform doctor`, which runs it as a process of its own: no
 
 from __future__ import annotations
 
+import argparse
 import json
+import sys
 from typing import Any
 
 import torch
 
-from quire_kernels import BACKENDS, load
+from quire_kernels import BACKENDS, KernelError, load, tilings
 
 
 def main() -> None:
-    """Print the report."""
+    """See the module."""
+    parser = argparse.ArgumentParser(prog="python -m quire_kernels")
+    commands = parser.add_subparsers(dest="command")
+    asked = commands.add_parser("tilings").add_mutually_exclusive_group()
+    asked.add_argument("--clear", action="store_true")
+    asked.add_argument("--unmeasured", action="store_true")
+    options = parser.parse_args()
+    if options.command == "tilings":
+        try:
+            told = _tilings(clear=options.clear, unmeasured=options.unmeasured)
+        except (OSError, KernelError) as error:
+            sys.exit(f"error: {error}\nhint: XDG_CACHE_HOME says where they are")
+        print(json.dumps(told, indent=1))  # noqa: T201
+        return
     print(  # noqa: T201 - the report is what this program is for
         json.dumps(
             {
@@ -29,6 +48,12 @@ def main() -> None:
             }
         )
     )
+
+
+def _tilings(*, clear: bool, unmeasured: bool) -> dict[str, Any]:
+    if clear or unmeasured:
+        return {"folder": str(tilings.folder()), "forgotten": tilings.clear(unmeasured=unmeasured)}
+    return {"folder": str(tilings.folder()), "files": {path.name: content for path, content in tilings.kept()}}
 
 
 def check(name: str) -> dict[str, Any]:

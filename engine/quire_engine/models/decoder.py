@@ -234,6 +234,11 @@ class DecoderModel:
         yield from self._head.parameters()
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of activations."""
+        return self._norm.weight.dtype
+
+    @property
     def bytes(self) -> int:
         """What the parameters hold."""
         return sum(parameter.nbytes for parameter in self.parameters())

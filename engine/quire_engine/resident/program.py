@@ -94,6 +94,11 @@ class StepProgram:
         """For `sample.draw`."""
 
     @property
+    def stream(self) -> torch.cuda.Stream | None:
+        """That of captures; None where nothing is captured."""
+        return self._stream
+
+    @property
     def captured(self) -> int:
         """How many shapes are replayed."""
         return sum(shape.graph is not None for shape in (*self._decode.values(), *self._mixed.values()))

@@ -15,6 +15,7 @@ Legend: B items of the step, T new tokens, R items that draw, W hidden width, V 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import repeat
@@ -27,9 +28,15 @@ from quire_engine.resident.table import RequestTable
 from quire_engine.runner import NOT_FINITE, ModelRunner
 from quire_engine.step import PENDING, Drawn, StepPlan, StepResult
 from quire_kernels.paging import integers
+from quire_kernels.triton import Served, TritonKernels
+from quire_kernels.tuning import Report
+
+log = logging.getLogger(__name__)
 
 _DEPTH = 2
 """Steps with a staging of their own: the one that is being written, and the one that may be under way."""
+TUNING_SECONDS = 30.0
+"""What the first start on a machine may take longer to find the tilings that are fastest there."""
 _BROKEN = -2
 """Instead of a token: the logits were not finite (`quire_kernels.triton.sample`)."""
 
@@ -76,6 +83,8 @@ class ResidentRunner:
         self._max_model_len = max_model_len
         self._captures = captures
         self._seats = seats
+        self.tuned = Report()
+        """What came of choosing tilings."""
         self._resize(seats)
 
     def _resize(self, seats: int) -> None:
@@ -115,7 +124,8 @@ class ResidentRunner:
 
     @torch.inference_mode()
     def warm_up(self, seconds: float) -> None:
-        """See `Runner`: capture programs, and compile and load what launched steps need besides."""
+        """See `Runner`: choose tilings, capture programs, compile and load what launched steps need besides."""
+        self._tune()
         if not self._captures:
             return
         # for other numbers of sequences the attention kernel is another one
@@ -125,6 +135,34 @@ class ResidentRunner:
         self._rehearse(min(1, others), max(2, self._max_num_batched_tokens - 1))
         self.program.warm_up(seconds)
         torch.cuda.synchronize()
+
+    @property
+    def served(self) -> Served:
+        """What steps will be, as far as tilings depend on it."""
+        profile = self._model.profile
+        return Served(
+            layers=[(group.window, self._kv.tensors) for group in self._kv.groups],
+            heads=profile.num_heads,
+            head_dim=profile.head_dim,
+            number=self._model.dtype,
+            sequences=self._table.seats,
+            tokens=self._max_num_batched_tokens,
+            longest=self._max_model_len,
+            softcap=profile.attention_softcap,
+            chosen=0 if profile.experts is None else profile.experts.num_experts_per_tok,
+        )
+
+    def _tune(self) -> None:
+        """From now on steps are launched with the same tilings, and by the next engine like this, too."""
+        kernels = self._model.kernels
+        if not isinstance(kernels, TritonKernels):
+            return
+        self.tuned = kernels.tune(self.served, TUNING_SECONDS, self.program.stream)
+        for name, default, taken, before, after in self.tuned.measured:
+            if taken != default:
+                log.info("tiling of %s: %s, %.1f us for %.1f", name, tuple(taken), after * 1e6, before * 1e6)
+        if self.tuned.families:
+            log.info("%s", self.tuned)
 
     def _rehearse(self, singles: int, longest: int) -> None:
         """Launch a step of padding, as if it were that many sequences with one new token, and one with more."""

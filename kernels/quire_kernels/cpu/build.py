@@ -14,9 +14,7 @@ Nothing is asked at run time: a library holds one level.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import fcntl
 import hashlib
 import logging
 import os
@@ -27,11 +25,11 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from quire_kernels.errors import BackendUnavailable
+from quire_kernels import cache
+from quire_kernels.errors import BackendUnavailable, KernelError
 
 log = logging.getLogger(__name__)
 
@@ -105,25 +103,9 @@ def library(level: Level | None = None, *, own: bool = False) -> Path:
     made = _cache() / name
     if made.exists():
         return made
-    with _alone(made.parent):
+    # where no lock can be had each builds its own; of a folder that cannot be the build says what is wrong with it
+    with cache.alone(made.parent):
         return made if made.exists() else put(level, made.parent)
-
-
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Whoever else builds there waits, and finds what is made. Where no lock can be had each builds its own."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError:  # the build says what is wrong with the folder
-        yield
-        return
-    try:
-        with contextlib.suppress(OSError):
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(lock)
 
 
 def put(level: Level, folder: Path) -> Path:
@@ -164,13 +146,10 @@ def load(path: Path) -> ctypes.CDLL:
 
 
 def _cache() -> Path:
-    home = os.environ.get("XDG_CACHE_HOME")
     try:
-        return (Path(home) if home else Path.home() / ".cache") / "quire" / "kernels"
-    except RuntimeError as error:
-        raise BackendUnavailable(
-            f"there is no place for the library: {error}; XDG_CACHE_HOME names one"
-        ) from error
+        return cache.folder("kernels")
+    except KernelError as error:
+        raise BackendUnavailable(f"there is no place for the library: {error}") from error
 
 
 def compiler() -> list[str]:

@@ -12,7 +12,11 @@ Legend: see `quire_kernels`.
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,24 +26,50 @@ from quire_kernels.errors import BackendUnavailable, KernelError
 from quire_kernels.paging import PagedBatch
 from quire_kernels.quantized import Activations, Fp8Weight, QuantizedWeight
 from quire_kernels.reference import rounded
-from quire_kernels.triton import gate, heads, norm, rotation, tokens
+from quire_kernels.triton import attention_cuts, gate, heads, norm, rotation, tokens
 from quire_kernels.triton.attention import COUNTERS, Chip, StepAttention
 from quire_kernels.triton.experts import TritonExperts, route
 from quire_kernels.triton.product import TritonProduct
 from quire_kernels.triton.quantized import Room, TritonQuantizedProduct
 from quire_kernels.triton.rounding import Rounding
 from quire_kernels.triton.scaled import TritonScaledProduct
+from quire_kernels.triton.timing import Replays, compile_ahead, records_of
+from quire_kernels.tuning import Report, Trial, tune
 
 if TYPE_CHECKING:
     from quire_kernels import Body, Clamp, Experts, HeadNorms, Product
 
-__all__ = ["TritonKernels"]
+__all__ = ["Served", "TritonKernels"]
 
 # a product and a sum in one instruction; Triton 3.9 wants that said, and warns when it is not
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 INTERPRETED: bool = knobs.runtime.interpret
 """Whether kernels run on a CPU: decided at import, as each kernel is."""
+
+
+_Made = TypeVar("_Made", TritonProduct, TritonQuantizedProduct, TritonScaledProduct, TritonExperts)
+
+
+@dataclass(slots=True, frozen=True)
+class Served:
+    """What an engine will ask of the kernels, as far as tilings depend on it."""
+
+    layers: Sequence[tuple[int | None, Sequence[Tensor]]]
+    """Of each kind of layer its window, and keys and values of some such layers."""
+    heads: int
+    head_dim: int
+    number: torch.dtype
+    """Of activations."""
+    sequences: int
+    """Of a step, at most."""
+    tokens: int
+    longest: int
+    """Tokens of a sequence, at most."""
+    chosen: int = 0
+    """Experts of a token."""
+    softcap: float | None = None
+    """Of attention."""
 
 
 class TritonKernels:
@@ -55,17 +85,21 @@ class TritonKernels:
         self._counters = torch.zeros(COUNTERS, dtype=torch.int32, device="cpu" if INTERPRETED else "cuda")
         self._room = Room(self._counters.device)
         self._rounding = Rounding()
+        self._made: list[
+            weakref.ref[TritonProduct | TritonQuantizedProduct | TritonScaledProduct | TritonExperts]
+        ] = []
+        """What has tilings of its own."""
 
     def product(self, weight: Tensor, bias: Tensor | None) -> Product:
-        return TritonProduct(weight, bias)
+        return self._with_tilings(TritonProduct(weight, bias, self._chip.choices))
 
     def quantized_product(
         self, weight: QuantizedWeight, bias: Tensor | None, activations: Activations, dtype: torch.dtype
     ) -> Product:
-        chip = self._room, self._rounding, self._chip.multiprocessors
+        chip = self._room, self._rounding, self._chip.multiprocessors, self._chip.choices
         if isinstance(weight, Fp8Weight):
-            return TritonScaledProduct.of(weight, bias, activations, dtype, *chip)
-        return TritonQuantizedProduct.of(weight, bias, activations, dtype, *chip)
+            return self._with_tilings(TritonScaledProduct.of(weight, bias, activations, dtype, *chip))
+        return self._with_tilings(TritonQuantizedProduct.of(weight, bias, activations, dtype, *chip))
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return norm.rms_norm(x, weight, eps, self._rounding)
@@ -108,7 +142,8 @@ class TritonKernels:
         biases: tuple[Tensor, Tensor, Tensor] | None = None,
         clamp: Clamp | None = None,
     ) -> Experts:
-        return TritonExperts(gate, up, down, self._chip.shared_bytes, biases, clamp)
+        made = TritonExperts(gate, up, down, self._chip.shared_bytes, biases, clamp, self._chip.choices)
+        return self._with_tilings(made)
 
     def quantized_experts(
         self,
@@ -147,3 +182,61 @@ class TritonKernels:
 
     def mask_tokens(self, logits: Tensor, rows: Tensor, bits: Tensor) -> None:
         tokens.mask_tokens(logits, rows, bits)
+
+    # ── tilings ───────────────────────────────────────────────────────────────────────────────────────
+
+    def trials(self, served: Served) -> Iterator[Trial]:
+        """Of every family of the products and experts made here and of the attention of `served`."""
+        for window, caches in served.layers:
+            yield from attention_cuts.trials(
+                self._chip,
+                partial(self._attention, window, served.softcap),
+                caches,
+                torch.empty((0, served.heads, served.head_dim), dtype=served.number, device=caches[0].device),
+                sequences=served.sequences,
+                tokens=served.tokens,
+                longest=served.longest,
+            )
+        most = max(served.sequences, served.tokens)
+        for reference in self._made:
+            made = reference()
+            if isinstance(made, TritonExperts):
+                yield from made.trials(most, served.chosen)
+            elif made is not None:
+                yield from made.trials(most)
+
+    def _attention(
+        self, window: int | None, softcap: float | None, batch: PagedBatch, chip: Chip
+    ) -> StepAttention:
+        return StepAttention(batch, window, chip, self._counters, softcap)
+
+    def tune(self, served: Served, seconds: float, stream: torch.cuda.Stream | None) -> Report:
+        """Takes for `served` the tilings that were found fastest on this machine, and finds those that were not
+        yet, as far as `seconds` last: see `tuning`. `stream` is that of captures; without one nothing is found.
+        Called once, before the first step. Holds no more memory than the widest step meanwhile, and reads the
+        cache.
+        """
+        if INTERPRETED:
+            return Report()
+        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+        card: dict[str, str | int] = {
+            "card": properties.name,
+            "capability": f"{properties.major}.{properties.minor}",
+            "multiprocessors": self._chip.multiprocessors,
+            "shared": self._chip.shared_bytes,
+        }
+        report = tune(
+            self.trials(served),
+            self._chip.choices,
+            records_of(card),
+            seconds=seconds,
+            timer=None if stream is None else Replays(stream),
+            compile_ahead=compile_ahead,
+        )
+        if report.measured:
+            torch.cuda.empty_cache()  # of pools that are gone
+        return report
+
+    def _with_tilings(self, made: _Made) -> _Made:
+        self._made.append(weakref.ref(made))
+        return made

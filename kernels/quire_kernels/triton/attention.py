@@ -28,8 +28,9 @@ X splits.
 
 from __future__ import annotations
 
+import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -42,6 +43,7 @@ from quire_kernels.reference.bytes import E4M3, LARGEST
 from quire_kernels.triton.bytes import halves_of, rounded
 from quire_kernels.triton.launch import dependent, fetch, wait
 from quire_kernels.triton.tanh import tanh
+from quire_kernels.tuning import Choices, named
 
 _LEAST_SPLIT = 64
 _SPLITS = (1, 2, 4, 8, 16, 32)
@@ -477,6 +479,8 @@ class Chip:
 
     multiprocessors: int
     shared_bytes: int
+    choices: Choices = field(default_factory=Choices, compare=False)
+    """And what was found fastest on it."""
 
     @classmethod
     def current(cls) -> Chip:
@@ -531,6 +535,10 @@ class StepAttention:
         rows = sequences * kv_heads
         tuning = decode_tuning(self._chip, rows, shape["D"], cache.dtype)
         splits = num_splits(self._chip.multiprocessors, rows, batch.longest)
+        facts = self.facts(query, cache)
+        found = self._chip.choices.get("attention.decode", facts, rung_of(self._chip.multiprocessors, rows))
+        if found is not None:
+            tuning, splits = found.tuning, min(splits, found.splits)
         parts = sums = out
         if splits > 1:
             # by sequence, not by token: a long prompt beside would need gigabytes for nothing
@@ -567,6 +575,9 @@ class StepAttention:
         batch, shape = self._batch, _shape(query, cache)
         sequences = len(batch.query_lens)
         tuning = prefill_tuning(self._chip, shape["D"], query.dtype, cache.dtype)
+        found = self._chip.choices.get("attention.prompts", self.facts(query, cache), 0)
+        if found is not None:
+            tuning = found.tuning
         members = triton.next_power_of_2(shape["G"])
         block_q = max(1, tuning["BLOCK_M"] // members)
         most = (query.shape[0] // block_q + sequences) * cache.shape[3]
@@ -596,6 +607,25 @@ class StepAttention:
             num_stages=tuning["num_stages"],
             **dependent(),
         )
+
+    def facts(self, query: Tensor, cache: Tensor) -> tuple[str | int, ...]:
+        """What cuts depend on, besides how many there are."""
+        block_size, kv_heads, (_, heads, head_dim) = cache.shape[2], cache.shape[3], query.shape
+        number, kept = named(query.dtype), named(cache.dtype)
+        capped = "plain" if self._softcap is None else "capped"
+        return number, kept, kv_heads, heads // kv_heads, head_dim, block_size, self._window, capped
+
+
+def rungs(multiprocessors: int) -> tuple[int, ...]:
+    """Pairs of a sequence and a head up to which a cut is chosen: each has another number of splits, or none and
+    another number of programs on a multiprocessor. More pairs have the default's."""
+    return tuple(4 * multiprocessors // splits for splits in (32, 16, 8, 4, 2, 1))
+
+
+@functools.cache
+def rung_of(multiprocessors: int, rows: int) -> int:
+    """The rung of so many pairs; 0: they have none."""
+    return next((rung for rung in rungs(multiprocessors) if rows <= rung), 0)
 
 
 def num_splits(num_multiprocessors: int, rows: int, longest: int) -> int:

@@ -26,7 +26,9 @@ a product.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -36,6 +38,7 @@ from torch import Tensor
 
 from quire_kernels.errors import KernelError
 from quire_kernels.triton.launch import dependent, fetch, wait
+from quire_kernels.tuning import Choices, Family, Trial, named
 
 if TYPE_CHECKING:
     from quire_kernels import Clamp
@@ -449,17 +452,49 @@ def tilings_for(tokens: int, chosen: int, experts: int, number_bytes: int, share
     program may share on a multiprocessor. Found on an H200 (`benchmarks.gpu --parts experts --sweep`)."""
     mean = tokens * chosen / experts
     if number_bytes > 2:
-        tiling = Tiling(16 if mean <= 8 or tokens <= 16 else 32, 32, 32, 4, 2)
-        return Tilings(tiling, tiling)
+        return _WIDE[0 if mean <= 8 or tokens <= 16 else 1]
     if tokens <= 16 or mean <= 8:
-        return Tilings(Tiling(16, 64, 128, 4, 3), Tiling(16, 64, 128, 4, 4))
+        return _NARROW[0]
     if tokens <= 32 or mean <= 20:
-        return Tilings(Tiling(32, 64, 64, 4, 4), Tiling(32, 64, 128, 4, 4))
+        return _NARROW[1]
     if tokens <= 64 or mean <= 40:
-        return Tilings(Tiling(64, 64, 64, 4, 4), Tiling(64, 128, 64, 4, 4))
-    if shared_bytes < _ROOMY:
-        return Tilings(Tiling(128, 128, 64, 8, 3, halves=True), Tiling(128, 128, 64, 4, 3, halves=True))
-    return Tilings(Tiling(128, 128, 64, 8, 4, halves=True), Tiling(128, 256, 64, 8, 4, halves=True))
+        return _NARROW[2]
+    return _NARROW[3 if shared_bytes < _ROOMY else 4]
+
+
+_WIDE = tuple(Tilings(tiling, tiling) for tiling in (Tiling(16, 32, 32, 4, 2), Tiling(32, 32, 32, 4, 2)))
+_NARROW = (
+    Tilings(Tiling(16, 64, 128, 4, 3), Tiling(16, 64, 128, 4, 4)),
+    Tilings(Tiling(32, 64, 64, 4, 4), Tiling(32, 64, 128, 4, 4)),
+    Tilings(Tiling(64, 64, 64, 4, 4), Tiling(64, 128, 64, 4, 4)),
+    Tilings(Tiling(128, 128, 64, 8, 3, halves=True), Tiling(128, 128, 64, 4, 3, halves=True)),
+    Tilings(Tiling(128, 128, 64, 8, 4, halves=True), Tiling(128, 256, 64, 8, 4, halves=True)),
+)
+"""Of numbers of 4 bytes and of 2."""
+_BESIDE = (
+    Tilings(Tiling(16, 32, 256, 4, 3), Tiling(16, 64, 256, 4, 3)),
+    Tilings(Tiling(32, 64, 128, 4, 3), Tiling(32, 128, 64, 4, 4)),
+    Tilings(Tiling(64, 128, 64, 8, 4), Tiling(64, 256, 64, 8, 3)),
+    Tilings(Tiling(128, 128, 64, 8, 4), Tiling(128, 256, 64, 8, 4)),
+)
+"""Timed besides the defaults of more and of fewer tokens, where an engine starts."""
+RUNGS = (1, 16, 32, 64, 128, 256, 512, 1024, 2048)
+"""Tokens up to which tilings are chosen; more have those of the last."""
+
+
+def rung_of(tokens: int) -> int:
+    """The rung of a step of so many tokens."""
+    return 1 if tokens <= 1 else min(max(16, triton.next_power_of_2(tokens)), RUNGS[-1])
+
+
+def candidates(rung: int, chosen: int, experts: int, number_bytes: int, shared_bytes: int) -> tuple[Tilings, ...]:
+    """The default with `rung` tokens, and others whose tiles are about as full."""
+    default = tilings_for(rung, chosen, experts, number_bytes, shared_bytes)
+    every = _WIDE if number_bytes > 2 else (*_NARROW, *_BESIDE)
+    mean = rung * chosen / experts
+    most = max(16.0, min(4 * mean, 2 * rung))
+    some = (pair for pair in every if min(mean / 2, 64) <= pair.gated.rows <= most)
+    return tuple(dict.fromkeys((default, *some)))
 
 
 GATED = tuple(
@@ -488,7 +523,7 @@ DOWN = tuple(
 """Tilings worth trying for down."""
 
 
-@dataclass(slots=True, frozen=True)
+@dataclass(slots=True, frozen=True, eq=False, weakref_slot=True)
 class TritonExperts:
     """`Experts` of the Triton back-end."""
 
@@ -502,6 +537,7 @@ class TritonExperts:
     biases: tuple[Tensor, Tensor, Tensor] | None = None
     """Of the three, [E, I], [E, I] and [E, W]; each dense."""
     clamp: Clamp | None = None
+    choices: Choices = field(default_factory=Choices)
 
     def __post_init__(self) -> None:
         count, inner, width = self.gate.shape
@@ -517,7 +553,36 @@ class TritonExperts:
 
     def tilings(self, tokens: int, chosen: int) -> Tilings:
         """Those of a step of so many tokens."""
-        return tilings_for(tokens, chosen, self.gate.shape[0], self.gate.element_size(), self.shared_bytes)
+        found: Tilings | None = self.choices.get("experts", self._facts(chosen), rung_of(tokens))
+        return found or tilings_for(
+            tokens, chosen, self.gate.shape[0], self.gate.element_size(), self.shared_bytes
+        )
+
+    def _facts(self, chosen: int) -> tuple[str | int, ...]:
+        return named(self.gate.dtype), *self.gate.shape, chosen
+
+    def trials(self, tokens: int, chosen: int) -> Iterator[Trial]:
+        """Of steps of up to `tokens` tokens, each of which goes through `chosen` experts."""
+        count, inner, width = self.gate.shape
+        for below, rung in pairwise((0, *RUNGS)):
+            if below < tokens:
+                some = min(rung, tokens)
+                tried = candidates(rung, chosen, count, self.gate.element_size(), self.shared_bytes)
+                read = 3 * inner * width * min(count, some * chosen) * self.gate.element_size()
+                family = Family("experts", self._facts(chosen), rung)
+                given = partial(self._given, some, chosen)
+                yield Trial(family, tried, given, self._launch, read)
+
+    def _given(self, tokens: int, chosen: int) -> tuple[Tensor, Tensor, Tensor]:
+        """A step whose tokens choose without any preference."""
+        device = self.gate.device
+        source = torch.Generator(device).manual_seed(tokens)
+        x = torch.zeros((tokens, self.gate.shape[2]), dtype=self.gate.dtype, device=device)
+        choice = torch.rand((tokens, self.gate.shape[0]), generator=source, device=device).topk(chosen).indices
+        return x, choice, torch.full((tokens, chosen), 1 / chosen, device=device)
+
+    def _launch(self, given: tuple[Tensor, Tensor, Tensor], tilings: Tilings) -> Tensor:
+        return self.cut(*given, tilings)
 
     def cut(self, x: Tensor, choice: Tensor, shares: Tensor, tilings: Tilings) -> Tensor:
         """As a call, by tilings of one's own."""

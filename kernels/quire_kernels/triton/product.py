@@ -12,7 +12,9 @@ Legend: M rows of x, N outputs, K width.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -22,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quire_kernels.triton.launch import dependent, fetch, wait
+from quire_kernels.tuning import Choices, Family, Trial, named
 
 _FEW = 16
 _LINE_BYTES, _LINES = 128, 16
@@ -37,6 +40,8 @@ class Tiling(NamedTuple):
     num_stages: int
 
 
+CUBLAS = Tiling(0, 0, 0, 0)
+"""No kernel of our own."""
 ONE_ROW = tuple(
     Tiling(block_n, block_k, num_warps, num_stages)
     for block_n, block_k, num_warps in (
@@ -55,6 +60,14 @@ FEW_ROWS = tuple(
     for num_stages in (3, 4, 5)
 )  # fmt: skip
 """Tilings worth trying with 2 to 16 rows."""
+
+RUNGS = (1, 8, 16)
+"""Rows up to which a tiling is chosen; cuBLAS has kernels by tables, and our own is the same from 2 on."""
+_TRIED = {
+    True: ((4, 512, 2, 1), (2, 2048, 4, 1), (2, 2048, 4, 3), (8, 512, 4, 1), (8, 512, 8, 3)),
+    False: ((64, 128, 4, 4), (32, 128, 4, 4), (16, 256, 4, 4)),
+}
+"""Tilings that are timed where an engine starts, with one row or some."""
 
 _LIGHT = 1 << 23
 """Numbers of a weight up to which `_few_rows` beats cuBLAS, which does not come up early."""
@@ -78,6 +91,17 @@ def tiling_for(rows: int, outputs: int, width: int) -> Tiling:
     if outputs >= 16384:
         return Tiling(2, 2048, 4, 1) if width >= 2048 else Tiling(8, 512, 4, 1)
     return Tiling(4, 512, 2, 1)
+
+
+def default_for(rows: int, outputs: int, width: int) -> Tiling:
+    """The tiling of a product that was not timed here, or `CUBLAS`."""
+    return tiling_for(rows, outputs, width) if is_own(rows, outputs, width) else CUBLAS
+
+
+def candidates(rung: int, outputs: int, width: int) -> tuple[Tiling, ...]:
+    """The default with `rung` rows, and others worth trying."""
+    default = default_for(rung, outputs, width)
+    return tuple(dict.fromkeys((default, *(Tiling(*sizes) for sizes in _TRIED[rung == 1]), CUBLAS)))
 
 
 @triton.jit
@@ -180,18 +204,41 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, tiling: Tiling) -> 
     return out
 
 
-@dataclass(slots=True, frozen=True)
+@dataclass(slots=True, frozen=True, eq=False, weakref_slot=True)
 class TritonProduct:
     """`Product` of the Triton back-end."""
 
     weight: Tensor
     bias: Tensor | None
+    choices: Choices = field(default_factory=Choices)
+    facts: tuple[str | int, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        facts = (named(self.weight.dtype), *self.weight.shape, "plain" if self.bias is None else "bias")
+        object.__setattr__(self, "facts", facts)
 
     def __call__(self, x: Tensor) -> Tensor:
-        rows, (outputs, width) = x.shape[0], self.weight.shape
-        if is_own(rows, outputs, width):
-            return multiply(x, self.weight, self.bias, tiling_for(rows, outputs, width))
-        return F.linear(x, self.weight, self.bias)
+        rows = x.shape[0]
+        if rows > _FEW:
+            return F.linear(x, self.weight, self.bias)
+        rung = 1 if rows == 1 else 8 if rows <= 8 else 16
+        return self.cut(x, self.choices.get("product", self.facts, rung) or default_for(rows, *self.weight.shape))
+
+    def cut(self, x: Tensor, tiling: Tiling) -> Tensor:
+        """As a call, by a tiling of one's own."""
+        if tiling == CUBLAS:
+            return F.linear(x, self.weight, self.bias)
+        return multiply(x, self.weight, self.bias, tiling)
+
+    def trials(self, rows: int) -> Iterator[Trial]:
+        """Of up to `rows` rows."""
+        outputs, width = self.weight.shape
+        for below, rung in pairwise((0, *RUNGS)):
+            if below < rows:
+                some = (min(rung, rows), width)
+                given = partial(torch.zeros, some, dtype=self.weight.dtype, device=self.weight.device)
+                family = Family("product", self.facts, rung)
+                yield Trial(family, candidates(rung, outputs, width), given, self.cut, self.weight.nbytes)
 
     def wide(self, x: Tensor) -> Tensor:
         # rounded as the others are: a request must not see other logits because of who is beside it

@@ -31,7 +31,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -44,7 +46,8 @@ from quire_kernels.quantized import Activations, Int4Weight, Int8Weight, Integer
 from quire_kernels.reference.product import check_activations
 from quire_kernels.triton.bytes import NATIVE
 from quire_kernels.triton.launch import dependent, fetch, wait
-from quire_kernels.triton.rounding import Rounding
+from quire_kernels.triton.rounding import Codes, Rounding, round_rows
+from quire_kernels.tuning import Choices, Family, Trial, named
 
 SCRATCH_BYTES = 32 << 20
 """Of a weight that is unpacked at a time: less than the L2 cache of a data-centre GPU."""
@@ -484,7 +487,42 @@ def tiling_for(columns: int, weight: Packed, multiprocessors: int) -> Tiling:
     return found._replace(splits=max(1, min(found.splits, most, triton.cdiv(weight.width, found.block_k))))
 
 
-@dataclass(slots=True, frozen=True)
+RUNGS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
+"""Rows of codes up to which a tiling is chosen."""
+_LINES = (Line(8, 256, 4, 3), Line(4, 512, 2, 1), Line(2, 512, 4, 1), Line(4, 512, 2, 3))
+"""Timed where an engine starts, and so are these, by rows of codes: with as many splits as the chip wants."""
+_TRIED = {
+    32: ((64, 256, 4, 5), (32, 256, 4, 5), (64, 128, 4, 5)),
+    64: ((64, 128, 4, 4), (128, 128, 4, 3)),
+    2048: ((128, 128, 8, 3), (64, 128, 8, 4), (64, 128, 4, 4)),
+}
+
+
+def rung_of(columns: int) -> int:
+    """The rung of so many rows of codes; those of too many have no tiling but the default."""
+    return 1 if columns == 1 else max(8, triton.next_power_of_2(columns))
+
+
+def candidates(rung: int, weight: Packed, multiprocessors: int) -> tuple[Tiling | Line, ...]:
+    """The default with `rung` rows of codes, and others worth trying. None needs more room than is planned for:
+    programs with splits are at most twice the multiprocessors."""
+    if rung == 1:
+        return tuple(dict.fromkeys((line_for(weight.outputs, weight.width), *_LINES)))
+    default = tiling_for(rung, weight, multiprocessors)
+    found: dict[Tiling | Line, None] = {default: None}
+    narrow = default.block_m if rung <= 32 else 0
+    for block_n, block_k, num_warps, num_stages in _TRIED[next(most for most in _TRIED if rung <= most)]:
+        for block_m in (narrow,) if narrow else {min(rung, 64): None, min(rung, 128): None}:
+            tiles = triton.cdiv(rung, block_m) * triton.cdiv(weight.outputs, block_n)
+            for splits in (1, 2, 4):
+                sums = tiles * splits * block_n * block_m * 4
+                many = tiles * splits > 2 * multiprocessors or sums > ROOM_BYTES
+                if splits == 1 or not (many or splits > triton.cdiv(weight.width, block_k)):
+                    found[Tiling(block_n, block_m, block_k, splits, num_warps, num_stages)] = None
+    return tuple(found)
+
+
+@dataclass(slots=True, frozen=True, eq=False, weakref_slot=True)
 class TritonQuantizedProduct:
     """`Product` with a quantised weight."""
 
@@ -497,6 +535,13 @@ class TritonQuantizedProduct:
     room: Room
     rounding: Rounding
     multiprocessors: int
+    choices: Choices = field(default_factory=Choices)
+    facts: tuple[str | int, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        weight, bits = self.weight, f"int4/{self.weight.group_size}" if self.weight.group_size else "int8"
+        facts = (named(self.dtype), bits, 1 if self.rounds else 2, weight.outputs, weight.width)
+        object.__setattr__(self, "facts", (*facts, "plain" if self.bias is None else "bias"))
 
     @classmethod
     def of(
@@ -508,6 +553,7 @@ class TritonQuantizedProduct:
         room: Room,
         rounding: Rounding,
         multiprocessors: int,
+        choices: Choices,
     ) -> TritonQuantizedProduct:
         """See `Kernels.quantized_product`. Raises `KernelError` for what no kernel is made for."""
         check_activations(weight, activations)
@@ -517,7 +563,7 @@ class TritonQuantizedProduct:
         if weight.shape[1] % 4:
             raise KernelError(f"the triton back-end takes whole words of inputs, and {weight.shape[1]} are none")
         wide = None if bias is None else bias.float()
-        product = cls(Packed.of(weight), wide, rounds, dtype, room, rounding, multiprocessors)
+        product = cls(Packed.of(weight), wide, rounds, dtype, room, rounding, multiprocessors, choices)
         if rounds:
             rounding.want(1, sys.maxsize)
         elif not product.unpacks(1):
@@ -531,12 +577,33 @@ class TritonQuantizedProduct:
         if self.unpacks(rows):
             shape = weight.outputs, weight.width
             return multiply_unpacked(x, self.bias, self.dtype, shape, self._unpack)
-        codes, scales = self.rounding.of(x, 1 if self.rounds else 2)
-        if codes.shape[0] == 1:
-            line = line_for(weight.outputs, weight.width)
-            return multiply_row(codes, scales, weight, self.bias, self.dtype, line)
-        tiling = tiling_for(codes.shape[0], weight, self.multiprocessors)
-        return multiply(codes, scales, weight, self.bias, self.dtype, tiling, self.room)
+        codes = self.rounding.of(x, 1 if self.rounds else 2)
+        columns = codes.planes.shape[0]
+        tiling = self.choices.get("quantized", self.facts, rung_of(columns))
+        if tiling is None and columns == 1:
+            tiling = line_for(weight.outputs, weight.width)
+        return self.cut(codes, tiling or tiling_for(columns, weight, self.multiprocessors))
+
+    def cut(self, codes: Codes, tiling: Tiling | Line) -> Tensor:
+        """The product of rows that are rounded already, by a tiling of one's own."""
+        if isinstance(tiling, Line):
+            return multiply_row(*codes, self.weight, self.bias, self.dtype, tiling)
+        return multiply(*codes, self.weight, self.bias, self.dtype, tiling, self.room)
+
+    def trials(self, rows: int) -> Iterator[Trial]:
+        """Of up to `rows` rows."""
+        planes, weight = 1 if self.rounds else 2, self.weight
+        for below, rung in pairwise((0, *RUNGS)):
+            some = min(rung // planes, rows)
+            if some * planes > below and not self.unpacks(some):
+                given = partial(self._codes, some)
+                family = Family("quantized", self.facts, rung)
+                tried = candidates(rung, weight, self.multiprocessors)
+                yield Trial(family, tried, given, self.cut, weight.values.nbytes + weight.scales.nbytes)
+
+    def _codes(self, rows: int) -> Codes:
+        x = torch.zeros((rows, self.weight.width), dtype=self.dtype, device=self.weight.values.device)
+        return round_rows(x, 1 if self.rounds else 2)
 
     def unpacks(self, rows: int) -> bool:
         """Whether so many rows are multiplied by cuBLAS."""

@@ -22,7 +22,9 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import pairwise
 
 import torch
 import triton
@@ -34,7 +36,8 @@ from quire_kernels.quantized import FP8, FP8_BLOCK, Activations, Fp8Weight
 from quire_kernels.reference.product import check_activations
 from quire_kernels.triton.launch import dependent, fetch, wait
 from quire_kernels.triton.quantized import ROOM_BYTES, Room, Tiling, multiply_unpacked, sum_of_splits
-from quire_kernels.triton.rounding import FLOATS, Codes, Rounding
+from quire_kernels.triton.rounding import FLOATS, Codes, Rounding, round_rows
+from quire_kernels.tuning import Choices, Family, Trial, named
 
 MANY_ROWS = 256
 """From so many rows on cuBLAS multiplies what is unpacked, unless they are rounded."""
@@ -272,7 +275,27 @@ def tiling_for(rows: int, outputs: int, width: int, multiprocessors: int, *, rou
     return found._replace(splits=max(1, min(found.splits, most, triton.cdiv(width, FP8_BLOCK))))
 
 
-@dataclass(slots=True, frozen=True)
+RUNGS = (16, 32, 64, 128, 256, 512, 1024, 2048)
+"""Rows up to which a tiling is chosen."""
+_TRIED = {32: ((64, 4, 5), (32, 4, 5), (128, 4, 4)), 2048: ((64, 4, 4), (128, 4, 3), (128, 8, 3))}
+"""Outputs, warps and stages of tilings that are timed where an engine starts, by rows."""
+
+
+def candidates(rung: int, outputs: int, width: int, multiprocessors: int, *, rounded: bool) -> tuple[Tiling, ...]:
+    """The default with `rung` rows, and others worth trying. None needs more room than is planned for: programs
+    with splits are at most twice the multiprocessors."""
+    found = {tiling_for(rung, outputs, width, multiprocessors, rounded=rounded): None}
+    for block_n, num_warps, num_stages in _TRIED[next(most for most in _TRIED if rung <= most)]:
+        for block_m in sorted({min(rung, 64), min(rung, 128 if rounded else 64)}):
+            tiles = triton.cdiv(rung, block_m) * triton.cdiv(outputs, block_n)
+            for splits in (1, 2, 4):
+                many = tiles * splits > 2 * multiprocessors or tiles * splits * block_n * block_m * 4 > ROOM_BYTES
+                if splits == 1 or not (many or splits > triton.cdiv(width, FP8_BLOCK)):
+                    found[Tiling(block_n, block_m, FP8_BLOCK, splits, num_warps, num_stages)] = None
+    return tuple(found)
+
+
+@dataclass(slots=True, frozen=True, eq=False, weakref_slot=True)
 class TritonScaledProduct:
     """`Product` with a weight in fp8."""
 
@@ -285,6 +308,13 @@ class TritonScaledProduct:
     room: Room
     rounding: Rounding
     multiprocessors: int
+    choices: Choices = field(default_factory=Choices)
+    facts: tuple[str | int, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        (outputs, width), met = self.weight.shape, "fp8" if self.rounds else named(self.dtype)
+        kinds = self.weight.shared, met, "plain" if self.bias is None else "bias"
+        object.__setattr__(self, "facts", (named(self.dtype), outputs, width, *kinds))
 
     @classmethod
     def of(
@@ -296,13 +326,14 @@ class TritonScaledProduct:
         room: Room,
         rounding: Rounding,
         multiprocessors: int,
+        choices: Choices,
     ) -> TritonScaledProduct:
         """See `Kernels.quantized_product`."""
         check_activations(weight, activations)
         rounds, wide = activations == "fp8", None if bias is None else bias.float()
         if rounds:
             rounding.want(FLOATS, sys.maxsize)
-        return cls(weight, wide, rounds, dtype, room, rounding, multiprocessors)
+        return cls(weight, wide, rounds, dtype, room, rounding, multiprocessors, choices)
 
     def __call__(self, x: Tensor) -> Tensor:
         rows, (outputs, width) = x.shape[0], self.weight.shape
@@ -311,8 +342,28 @@ class TritonScaledProduct:
         if self.unpacks(rows):
             return multiply_unpacked(x, self.bias, self.dtype, self.weight.shape, self._unpack)
         given = self.rounding.of(x, FLOATS) if self.rounds else x
-        tiling = tiling_for(rows, outputs, width, self.multiprocessors, rounded=self.rounds)
-        return multiply(given, self.weight, self.bias, self.dtype, tiling, self.room, by_chip=native())
+        tiling = self.choices.get("scaled", self.facts, max(16, triton.next_power_of_2(rows)))
+        default = partial(tiling_for, rows, outputs, width, self.multiprocessors, rounded=self.rounds)
+        return self.cut(given, tiling or default())
+
+    def cut(self, x: Tensor | Codes, tiling: Tiling) -> Tensor:
+        """The product of rows that are rounded already, if they are, by a tiling of one's own."""
+        return multiply(x, self.weight, self.bias, self.dtype, tiling, self.room, by_chip=native())
+
+    def trials(self, rows: int) -> Iterator[Trial]:
+        """Of up to `rows` rows."""
+        outputs, width = self.weight.shape
+        nbytes = self.weight.values.nbytes + self.weight.scales.nbytes
+        for below, rung in pairwise((0, *RUNGS)):
+            some = min(rung, rows)
+            if below < some and not self.unpacks(some):
+                family, given = Family("scaled", self.facts, rung), partial(self._given, some)
+                tried = candidates(rung, outputs, width, self.multiprocessors, rounded=self.rounds)
+                yield Trial(family, tried, given, self.cut, nbytes)
+
+    def _given(self, rows: int) -> Tensor | Codes:
+        x = torch.zeros((rows, self.weight.shape[1]), dtype=self.dtype, device=self.weight.values.device)
+        return round_rows(x, FLOATS) if self.rounds else x
 
     def unpacks(self, rows: int) -> bool:
         """Whether so many rows are multiplied by cuBLAS."""

@@ -51,6 +51,19 @@ def test_figures_stand_beside_their_aims() -> None:
     assert lines([]) == ["no figures"]
 
 
+def test_tilings_are_told_of() -> None:
+    found = {"families": 40, "measured": 38, "changed": 5, "left": 2, "seconds": 21.4}
+    pair = [
+        decode(32, tokens_per_second=1234.0, ms=5.1) | {"part": "tuned decode", "tilings": way}
+        for way in ("chosen", "default")
+    ]
+    shown = lines([{"part": "tuning", "model": "llama-3.1-8b", **found} | ABOUT, *pair])
+    assert shown[2].endswith("38/40 timed in 21 s, 2 left")
+    assert shown[2].split()[-8] == "5"
+    assert ["chosen" in line for line in shown[3:]] == [True, False]
+    assert all("1,234" in line and "5.1 ms" in line for line in shown[3:])
+
+
 def test_the_last_row_of_a_figure_counts() -> None:
     assert "250" in "\n".join(lines([decode(1, tokens_per_second=10.0), decode(1, tokens_per_second=250.0)]))
 

@@ -25,7 +25,7 @@ from quire_engine.runner import ModelRunner
 from quire_engine.step import Draw, Scheduled, StepPlan
 from quire_kernels import load
 from quire_kernels.reference import ReferenceKernels
-from quire_kernels.triton import INTERPRETED, experts, sample
+from quire_kernels.triton import INTERPRETED, TritonKernels, experts, sample
 from quire_kernels.triton.attention import num_splits
 from quire_schemas import gpu_sizing, sizing
 from quire_schemas.checkpoint import ModelProfile
@@ -271,6 +271,40 @@ def test_experts_of_some_tokens_after_the_others_stay_below_the_plan(
     for side in (experts, gpu_sizing):
         monkeypatch.setattr(side, "AT_ONCE", 900 * 2 * (128 + 64))
     test_a_step_stays_below_the_plan(EXPERTS, tokens, tmp_path)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(
+    "quantization",
+    [None, Quantization("int8"), Quantization("int4", "bf16", 32), Quantization("fp8", "fp8")],
+    ids=str,
+)
+@pytest.mark.parametrize("shape", [MANY_HEADS, WIDE_QUANTIZED, EXPERTS], ids=str)
+def test_timing_tilings_stays_below_the_plan(
+    shape: dict[str, Any], quantization: Quantization | None, tmp_path: Path
+) -> None:
+    """Before the first step there is room for the widest one, and that is all there is."""
+    if quantization is not None and shape is EXPERTS:
+        pytest.skip("there are none")
+    described, runner = runner_of(tmp_path, shape, 1000, quantization)
+    parts = sizing.gpu_activations(
+        described,
+        "float32",
+        1000,
+        SEATS,
+        LENGTH,
+        block_size=BLOCK,
+        enforce_eager=True,
+        quantization=quantization,
+    )
+    kernels = runner._model.kernels
+    assert isinstance(kernels, TritonKernels)
+    families = {trial.family: trial for trial in kernels.trials(runner.served)}
+    assert len(families) >= 4
+    for trial in families.values():
+        for tiling in trial.candidates:
+            found = highest(lambda trial=trial, tiling=tiling: trial.launch(trial.given(), tiling))  # type: ignore[misc]
+            assert found <= parts["step"], (trial.family, tiling)
 
 
 def test_the_two_sides_agree_on_the_room_of_splits() -> None:

@@ -17,6 +17,8 @@ HERE = Path(__file__).parent
 COMPILING = ["80", "90", "100"]
 BY_NIGHT = {"triton_ops_experts.py", "triton_ops_quantized.py", "triton_ops_scaled.py"}
 """Suites that take the interpreter longest; CI has those that every model needs, without their longest cases."""
+TOGETHER = {"triton_ops.py": ("triton_ops_tilings.py",)}
+"""Suites that are short: a process takes longer to start than they do."""
 
 
 def passes(arguments: list[str], **environment: str) -> None:
@@ -31,12 +33,14 @@ def passes(arguments: list[str], **environment: str) -> None:
     [
         pytest.param(name, marks=[pytest.mark.nightly] if name in BY_NIGHT else [])
         for name in sorted(path.name for path in HERE.glob("triton_ops*.py"))
+        if not any(name in others for others in TOGETHER.values())
     ],
 )
 def test_in_the_interpreter(suite: str) -> None:
     which = times("not nightly", "")
+    suites = [suite, *TOGETHER.get(suite, ())]
     passes(
-        ["-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", "-m", which, suite], TRITON_INTERPRET="1"
+        ["-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", "-m", which, *suites], TRITON_INTERPRET="1"
     )
 
 
@@ -44,6 +48,17 @@ def test_in_the_interpreter(suite: str) -> None:
 @pytest.mark.parametrize("capability", COMPILING)
 def test_every_launch_compiles(capability: str, tmp_path: Path) -> None:
     passes(["triton_launches.py", capability], TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET="0")
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("capability", COMPILING)
+def test_every_tiling_that_is_timed_compiles(capability: str, tmp_path: Path) -> None:
+    passes(
+        ["-m", "tests.unit.kernels.triton_tilings", capability],
+        TRITON_CACHE_DIR=str(tmp_path),
+        TRITON_INTERPRET="0",
+        PYTHONPATH=str(HERE.parents[2]),
+    )
 
 
 @pytest.mark.nightly

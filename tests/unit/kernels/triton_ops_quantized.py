@@ -13,6 +13,7 @@ Legend: M rows of the input, N outputs, K inputs, g inputs of a group.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 import torch
@@ -275,8 +276,17 @@ def test_splits_have_room_and_use_the_chip() -> None:
         for outputs in (64, 1024, 4096, 28672, 151936):
             for width in (64, 1024, 4096, 14336):
                 weight = Packed(torch.empty(0), torch.empty(0), group_size, outputs, width)
-                for rows in (2, 16, 40, 128, 256, 4096):
-                    tiling = quantized.tiling_for(rows, weight, 132)
+                for rows, tiling in (
+                    *((rows, quantized.tiling_for(rows, weight, 132)) for rows in (2, 16, 40, 128, 256, 4096)),
+                    # a tiling of a rung serves all between it and the one below
+                    *(
+                        (rows, tiling)
+                        for below, rung in pairwise(quantized.RUNGS)
+                        for tiling in quantized.candidates(rung, weight, 132)
+                        for rows in (below + 1, rung)
+                    ),
+                ):
+                    assert isinstance(tiling, Tiling)
                     tiles = -(-rows // tiling.block_m) * -(-outputs // tiling.block_n)
                     assert tiling.block_m <= max(16, 2 * rows)
                     if tiling.splits > 1:
