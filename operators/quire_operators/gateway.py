@@ -55,10 +55,10 @@ UNIT = "gateway"
 RETRY_SECONDS = 3.0
 STOP_GRACE = 35.0
 """Above the router's own grace for running requests, so that it is the router that ends them."""
-RENEW_SECONDS = 60.0
+RENEW_SECONDS = 120.0
 """How long a router that is to take the place of another one may take until it serves."""
 RENEW_AGAIN_SECONDS = 30.0
-"""After one that did not."""
+"""From the end of one that did not."""
 NOT_RETRYABLE = 78
 
 
@@ -130,7 +130,9 @@ class GatewayReconciler:
         self._environ = environ
         self._clock = clock
         self._failure: Fact | None = None
-        self._renewed_at = float("-inf")
+        self._tries = False
+        """One that is to take over was asked for, and nothing is known of what came of it."""
+        self._refused_at = float("-inf")
         self.routes: Routes | None = None
 
     # ── questions ─────────────────────────────────────────────────────────────────────────────────────────
@@ -141,11 +143,14 @@ class GatewayReconciler:
         return max(alive, key=lambda seen: seen.incarnation, default=None)
 
     def router_runs(self) -> bool | None:
-        """Whether a router process exists; None when its shim does not answer."""
+        """Whether a router process exists that takes requests; None when its shim does not answer, or there is one
+        only that still finishes what it has."""
         seen = self.current()
         if seen is None:
             return False
-        return None if seen.life is Life.UNKNOWN else seen.running
+        if seen.life is Life.UNKNOWN or (seen.leaving and not seen.running):
+            return None
+        return seen.running
 
     def address(self) -> tuple[str, int]:
         """Where it listens, or would."""
@@ -192,12 +197,19 @@ class GatewayReconciler:
         if not self.router_runs() or self.routes is None or self.routes.knowledge() is not Router.KNOWN:
             return False
         # the last answer may be of the router before this one
-        return self.routes.status is not None and self.routes.status.pid in (seen.child_pid, seen.following_pid)
+        told = None if self.routes.status is None else self.routes.status.pid
+        return told is not None and told in (seen.child_pid, seen.following_pid, *seen.leaving)
 
     def overlaps(self) -> bool:
-        """Whether a router beside the one that answers may have requests."""
+        """Whether a router beside the one that answers may have requests: one that finishes, or the one there is
+        where the next one answers already."""
         seen = self.current()
-        return seen is not None and seen.overlaps
+        if seen is None or seen.life is Life.GONE:
+            return False
+        if seen.life is Life.UNKNOWN or seen.leaving:
+            return True
+        told = None if self.routes is None or self.routes.status is None else self.routes.status.pid
+        return seen.following is not None and told != seen.child_pid
 
     def workers(self) -> tuple[int, int]:
         """How many processes the router is to have, and how many of them take requests."""
@@ -279,9 +291,11 @@ class GatewayReconciler:
         if seen.life is Life.UNKNOWN:
             return RETRY_SECONDS
         wanted = _labels(spec)
-        if dict(seen.labels) == wanted or seen.stopping:
+        if seen.stopping:
             self._tell_why_it_does_not_start(seen)
             return None
+        if dict(seen.labels) == wanted:
+            return await self._stay(seen)
         if not _moves(seen, wanted):
             return await self._renew(seen, spec)
         await self._stop(seen, f"the router moves from {self.base_url()} to {spec['bind']}:{spec['port']}")
@@ -293,30 +307,53 @@ class GatewayReconciler:
         self._failure = None
         await self._fleet.stop(seen.folder, STOP_GRACE)
 
+    async def _stay(self, seen: Observation) -> float | None:
+        """The router is what is wanted: one that was to take its place is not."""
+        if self._tries and seen.following is None:
+            self._tries = False
+            self._store.add_event(KEY, "Normal", "Replaced", "the router has the settings that were declared")
+        self._tell_why_it_does_not_start(seen)
+        if seen.following is None:
+            return None
+        text, self._tries = "the change is taken back: no other router takes over", False
+        try:
+            await self._fleet.keep(seen.folder)
+        except RenewFailed as error:
+            log.warning("the next router cannot be given up: %s", error)
+            return RETRY_SECONDS
+        self._store.add_event(KEY, "Normal", "Kept", text)
+        acted(text)
+        return None
+
     async def _renew(self, seen: Observation, spec: Mapping[str, Any]) -> float | None:
         """Have another router take the place of this one at the same address."""
         wanted = _labels(spec)
         if seen.following == wanted:
             return None
         if seen.following is None and seen.refused is not None and seen.refused.labels == wanted:
+            if self._tries:
+                self._tries, self._refused_at = False, self._clock()
+            serves = ", and the old one serves" if seen.running else ""
             why = _said(seen.refused.ended)
-            text = f"a router with these settings does not start: {why}; it is tried again, and the old one serves"
+            text = f"a router with these settings does not start: {why}; it is tried again{serves}"
             self._fail(Reason.ROUTER_FAILED, text)
-            left = self._renewed_at + RENEW_AGAIN_SECONDS - self._clock()
+            left = self._refused_at + RENEW_AGAIN_SECONDS - self._clock()
             if left > 0:
                 return left
         else:
             self._failure = None
         text = "a router with other settings for TLS, traces, metrics or workers is to take over"
-        self._renewed_at = self._clock()
         try:
             await self._fleet.renew(self._unit(seen.folder, seen.incarnation, seen.nonce, spec), RENEW_SECONDS)
-        except RenewFailed as error:  # its shim is of a version that cannot
-            log.warning("no router can take over: %s", error)
+        except RenewFailed as error:
+            if not error.unable:
+                self._fail(Reason.ROUTER_FAILED, f"no other router can be started: {error}; it is tried again")
+                return RETRY_SECONDS
             await self._stop(
                 seen, "the router starts again with other settings for TLS, traces, metrics or workers"
             )
             return RETRY_SECONDS
+        self._tries = True
         self._store.add_event(KEY, "Normal", "Replacing", text)
         acted(text)
         return None
@@ -389,7 +426,8 @@ class GatewayReconciler:
         if not ready or self.routes is None:
             return Fact("RolledOut", False, Reason.ROUTER_NOT_READY, self.unavailable() or "")
         seen = self.current()
-        if seen is not None and dict(seen.labels) != _labels(resolved_spec(self._store.get(KEY))):
+        labels = _labels(resolved_spec(self._store.get(KEY)))
+        if seen is not None and (dict(seen.labels) != labels or seen.following is not None):
             text = "another router is to take over; this one serves as before"
             return Fact("RolledOut", False, Reason.ROUTER_NOT_READY, text)
         wanted, serving = self.workers()

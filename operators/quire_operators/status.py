@@ -476,7 +476,8 @@ ADVICE: dict[Reason, Advice] = {
         ("apply an AccessPolicy: platform key create NAME makes a key for it", "bind a loopback address"),
     ),
     Reason.ROUTER_FAILED: Advice(
-        "The router ended and refuses to start.", ("platform logs router   why", "platform down, then apply again")
+        "A router refuses to start: there is none, or the one before it serves on.",
+        ("platform logs router   why", "mend what it says, or apply a Gateway with other settings"),
     ),
 }
 

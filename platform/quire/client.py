@@ -211,6 +211,7 @@ class Client:
     def _connect(self) -> _UnixConnection:
         connection = self._try_connect()
         if connection is not None:
+            self._wakes = False  # a `down` that comes later is meant
             return connection
         if not self._start:
             raise Unreachable("the control plane is not running", "any of plan, apply and get starts it")

@@ -29,7 +29,7 @@ from tests.integration.plane import GATEWAY, Plane, Stream, model
 from tests.waiting import alive, eventually
 
 from quire import builtin
-from quire.client import HELD, InvalidManifest, Refused
+from quire.client import HELD, Client, InvalidManifest, Refused, Unreachable
 from quire_schemas import wire
 
 LLAMA_8B = {
@@ -646,8 +646,12 @@ def test_after_down_looking_starts_nothing_and_up_or_an_apply_brings_everything_
     ways = (lambda: plane.apply(model("back")), lambda: plane.client.post("/v1/up", {}))
     for bring_back in ways[: times(1, 2)]:  # in CI `up` is a line of tests/e2e/transcripts.txt
         if plane.process is not None and plane.process.poll() is None:
+            waits = Client(plane.state, wakes=True)  # of an apply that was heard, and looks what comes of it
+            assert waits.get("/v1/ping")["down"] is False
             plane.client.post("/v1/down", {"grace": 0.2})
             assert plane.process.wait(40) == 0
+            with pytest.raises(Unreachable, match="the platform is down"):
+                waits.get("/v1/objects")
         plane.start()
         assert plane.client.get("/v1/ping")["down"] is True
         for path in ("/v1/objects", "/v1/objects/model/back", "/v1/events", "/v1/logs?name=router"):

@@ -235,38 +235,39 @@ def test_another_router_takes_over_beside_the_one_there_is_and_nobody_is_refused
             return any(state == "Ready" for name, state in replicas.items() if name not in before)
 
         eventually(moved, "another replica serves")
-        time.sleep(1.0)
-        assert stream.is_alive(), stream.problem
-        assert before <= {replica["id"] for replica in plane.view("held")["replicas"]}
-        (tmp_path / "rush").touch()
-        stream.finish()
-        plane.wait_served("held")
-        eventually(
-            lambda: not before & {replica["id"] for replica in plane.view("held")["replicas"]},
-            "the one before is gone",
-        )
     assert set(clients.told) == {"200"}, clients.told
+    os.kill(router["pid"], signal.SIGKILL)  # then there is none for a moment but those that finish
+    time.sleep(1.0)
+    assert stream.is_alive(), stream.problem
+    assert before <= {replica["id"] for replica in plane.view("held")["replicas"]}
+    (tmp_path / "rush").touch()
+    stream.finish()
+    plane.wait_served("held")
+    eventually(
+        lambda: not before & {replica["id"] for replica in plane.view("held")["replicas"]},
+        "the one before is gone",
+    )
     plane.delete("held")
 
 
 def test_a_router_that_does_not_come_to_serve_changes_nothing(plane: Plane, served: str) -> None:
     router, site = plane.client.get("/v1/ping")["router"], Path(plane.env["PYTHONPATH"]) / "sitecustomize.py"
-    before = site.read_text()
-    site.write_text(
-        "import os, sys\n"
-        "if 'quire.router' in sys.orig_argv:\n"
-        "    os.write(2, b'error: not today\\n')\n"
-        "    os._exit(78)\n"
-    )
+    before, routers = site.read_text(), "import os, sys, time\nif 'quire.router' in sys.orig_argv:\n    "
+
+    def conditions() -> dict[str, dict[str, Any]]:
+        view: dict[str, Any] = plane.client.get("/v1/objects/gateway/default")
+        return {c["type"]: c for c in view["status"]["conditions"]}
+
     try:
+        site.write_text(f"{routers}time.sleep(60)\n")
         plane.apply(gateway("workers: 2"))
-
-        def stalled() -> dict[str, Any] | None:
-            view: dict[str, Any] = plane.client.get("/v1/objects/gateway/default")
-            now = {c["type"]: c for c in view["status"]["conditions"]}
-            return now if now["Stalled"]["status"] == "True" else None
-
-        now = dict(eventually(stalled, "the gateway says why"))
+        eventually(lambda: conditions()["RolledOut"]["status"] == "False", "another one starts")
+        assert conditions()["Ready"]["status"] == "True"
+        plane.apply(GATEWAY)  # it is taken back meanwhile
+        settled(plane)
+        site.write_text(f"{routers}os.write(2, b'error: not today\\n'), os._exit(78)\n")
+        plane.apply(gateway("workers: 2"))
+        now = dict(eventually(lambda: (c := conditions())["Stalled"]["status"] == "True" and c, "it says why"))
     finally:
         site.write_text(before)
     assert now["Stalled"]["reason"] == "RouterFailed"

@@ -7,6 +7,7 @@ import http.client
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -200,6 +201,49 @@ async def test_sigterm_tells_whoever_asks_on_that_a_connection_ends(own_world: W
     told = await asyncio.to_thread(asks_on)
     assert told[:-1] == [None] * (len(told) - 1)
     assert await asyncio.to_thread(world.process.wait, 5) == 0
+
+
+async def test_a_head_that_has_begun_is_read_to_its_end(own_world: World) -> None:
+    world = own_world
+    reader, writer = await asyncio.open_connection("127.0.0.1", world.port)
+    await world.raw(b"GET /livez HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")  # it is taken by now
+    world.process.send_signal(signal.SIGTERM)
+    await asyncio.sleep(0.1)
+    writer.write(b"GET /livez HTTP/1.1\r\n")
+    await asyncio.sleep(0.5)
+    writer.write(b"Host: localhost\r\n\r\n")
+    assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200")
+    writer.close()
+    assert await asyncio.to_thread(world.process.wait, 5) == 0
+
+
+async def test_the_place_of_a_control_socket_that_nobody_answers_at_is_taken_again(own_world: World) -> None:
+    """A router that is killed shortly after it was to follow this one has left its socket there, or none."""
+    world = own_world
+    path = world.folder / "control.sock"
+
+    def asked() -> bool:
+        with socket.socket(socket.AF_UNIX) as mine:
+            mine.settimeout(0.5)
+            try:
+                mine.connect(str(path))
+                mine.sendall(wire.frame(wire.GetRouterStatus()))
+                return bool(mine.recv(4))
+            except OSError:
+                return False
+
+    async def answers() -> bool:
+        return await asyncio.to_thread(asked)
+
+    path.unlink()
+    with socket.socket(socket.AF_UNIX) as other:
+        other.bind(str(path))
+        other.listen()
+        await asyncio.sleep(1.5)
+        assert not await answers(), "whoever answers there keeps it"
+    await eventually(answers)
+    path.unlink()
+    await eventually(answers)
 
 
 async def test_sigterm_ends_a_stream_that_takes_too_long_with_an_error(own_world: World) -> None:

@@ -254,6 +254,10 @@ if "fails" in sys.argv[2:]:
     sys.exit("error: not with these settings")
 if "hangs" in sys.argv[2:]:
     time.sleep(60)
+if "dies" in sys.argv[2:]:
+    time.sleep(0.5)
+    os.write(int(sys.argv[1]), b'{"event": "ready"}\\n')
+    os.kill(os.getpid(), signal.SIGKILL)
 os.write(int(sys.argv[1]), b'{"event": "ready"}\\n')
 while True:
     connection, _ = sock.accept()
@@ -332,6 +336,19 @@ def test_a_child_that_does_not_come_to_serve_changes_nothing(renewable: Renewabl
     renewable.renew("hangs", within=0.3)
     late = renewable.state_when(lambda state: state["refused"])
     assert late["refused"]["exit"]["message"] == "it was not ready within 0.3 s"
+
+    dying = renewable.renew("dies")["next"]["pid"]
+    renewable.shim.process.send_signal(signal.SIGSTOP)
+    eventually(lambda: not alive(dying), "it has said that it serves, and is dead")
+    renewable.shim.process.send_signal(signal.SIGCONT)
+    dead = renewable.state_when(lambda state: state["refused"])
+    assert (dead["refused"]["exit"]["signal"], dead["childPid"]) == (signal.SIGKILL, first)
+
+    hanging = renewable.renew("hangs")["next"]["pid"]
+    kept = renewable.shim.ask(op="keep")
+    assert (kept["next"], kept["leaving"], kept["childPid"]) == (None, [hanging], first)
+    renewable.state_when(lambda state: not state["leaving"])
+    assert not alive(hanging)
 
     hanging = renewable.renew("hangs")["next"]["pid"]
     os.kill(first, signal.SIGKILL)

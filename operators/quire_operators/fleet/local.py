@@ -79,7 +79,12 @@ class StartFailed(FleetError):
 
 
 class RenewFailed(FleetError):
-    """A shim did not take the next child."""
+    """A shim did not take the next child, or it is not known whether it did. `unable`: it is of a version that has
+    none."""
+
+    def __init__(self, message: str, *, unable: bool = False) -> None:
+        super().__init__(message)
+        self.unable = unable
 
 
 class Life(enum.StrEnum):
@@ -162,14 +167,9 @@ class Observation:
     following: Mapping[str, Any] | None = None
     """Labels of a child that is to take the place of this one, and starts."""
     following_pid: int | None = None
-    leaving: int = 0
-    """How many children before this one still finish what they have."""
+    leaving: tuple[int, ...] = ()
+    """Children before this one that still finish what they have."""
     refused: Refused | None = None
-
-    @property
-    def overlaps(self) -> bool:
-        """Whether more than one child may be at work."""
-        return self.following is not None or self.leaving > 0
 
 
 class LocalFleet:
@@ -322,17 +322,24 @@ class LocalFleet:
         `Deposed` without the lease.
         """
         self._check_lease()
-        before = self._observed.get(unit.folder)
         for name, content in unit.files.items():
             _write(unit.folder / name, content)
         path = unit.folder / "next.json"
         _write(path, json.dumps(self._shim_spec(unit)).encode())
-        asked = {"op": "renew", "spec": str(path), "grace": unit.grace, "within": within}
+        await self._ask(unit.folder, {"op": "renew", "spec": str(path), "grace": unit.grace, "within": within})
+
+    async def keep(self, folder: Path) -> None:
+        """Have the shim in `folder` give up the child that is to follow its own. Raises as `renew` does."""
+        await self._ask(folder, {"op": "keep"})
+
+    async def _ask(self, folder: Path, asked: dict[str, Any]) -> None:
+        """Have a shim do something, and be told of it."""
+        before = self._observed.get(folder)
         if self._lease is not None:
             asked["epoch"] = self._lease.epoch
         try:
             async with asyncio.timeout(ANSWER_SECONDS):
-                reader, writer = await asyncio.open_unix_connection(str(unit.folder / "shim.sock"), limit=MAX_LINE)
+                reader, writer = await asyncio.open_unix_connection(str(folder / "shim.sock"), limit=MAX_LINE)
                 try:
                     self._check_lease()
                     writer.write(json.dumps(asked).encode() + b"\n")
@@ -342,9 +349,10 @@ class LocalFleet:
         except (OSError, TimeoutError, ValueError) as error:
             raise RenewFailed(f"its shim does not answer: {error!r}") from error
         if "error" in answer:
-            raise RenewFailed(str(answer["error"]))
+            why = str(answer["error"])
+            raise RenewFailed(why, unable=why.startswith("unknown operation"))
         deadline = asyncio.get_running_loop().time() + ANSWER_SECONDS
-        while self._observed.get(unit.folder) is before and asyncio.get_running_loop().time() < deadline:
+        while self._observed.get(folder) is before and asyncio.get_running_loop().time() < deadline:
             await asyncio.sleep(0.005)  # the watch tells the same, and in its order
 
     async def gone(self, names: Sequence[str], timeout: float) -> bool:
@@ -521,7 +529,7 @@ class LocalFleet:
                 ended=_ended(state["exit"]),
                 following=None if following is None else following["labels"],
                 following_pid=None if following is None else following["pid"],
-                leaving=len(state.get("leaving", ())),
+                leaving=tuple(state.get("leaving", ())),
                 refused=None if refused is None or end is None else Refused(refused["labels"], end),
             )
         )
@@ -545,7 +553,7 @@ class LocalFleet:
                 stopping=False,
                 following=None,
                 following_pid=None,
-                leaving=0,
+                leaving=(),
                 ended=_ended(record.get("exit")) if ours else None,
                 lines=tuple(record.get("lines", old.lines)) if ours else old.lines,
             )

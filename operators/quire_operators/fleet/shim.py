@@ -38,7 +38,7 @@ log; it stays while the child runs again.
 the same listening socket, with what the file at `path` says of `RENEWED`. It is the `next` of the state until it
 says "ready": from then on SPEC.json has it, and the child before gets SIGTERM and is among those `leaving`, for
 `grace` seconds at most. One that ends before, or is not ready `within` so many seconds, is `refused`, with its
-labels and how it ended, and nothing has changed.
+labels and how it ended, and nothing has changed. {"op":"keep","epoch":n} gives the next child up: nobody wants it.
 
 Start protocol: once the control socket listens the shim writes "ready\\n" on its stdout; before that, an error
 is one JSON object {"error", "message"} on stdout and exit status 75 (address in use, deposed or another system
@@ -198,6 +198,8 @@ class Child:
         self.ready_since: float | None = None
         self.ready_by: float | None = None
         """When it is given up, if it is not ready by then."""
+        self.late = ""
+        """How long it was waited for in vain."""
         self.kill_at: float | None = None
         self.pipes: set[int] = set()
         self.lines: list[str] = []
@@ -208,6 +210,13 @@ class Child:
     @property
     def pid(self) -> int | None:
         return self.process.pid if self.process is not None else None
+
+    @property
+    def lives(self) -> bool:
+        """Whether it has neither ended nor is killed."""
+        if self.process is None or self.kill_at is not None:
+            return False
+        return os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
 
     def last_lines(self) -> list[str]:
         lines = self.tail.decode(errors="replace").splitlines()[-TAIL_LINES:]
@@ -224,6 +233,8 @@ class Shim:
         self.selector = selectors.DefaultSelector()
         self.connections: set[Connection] = set()
         self.listening: socket.socket | None = None
+        self.address: tuple[str, int] | None = None
+        """Of it."""
         self.child: Child | None = None
         self.next: Child | None = None
         self.next_grace = 0.0
@@ -254,6 +265,7 @@ class Shim:
             self.listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             self.listening.bind((listen["host"], listen["port"]))
             self.listening.listen(2048)
+            self.address = self.listening.getsockname()[:2]
         path = self.spec["socket"]
         server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         mask = os.umask(0o177)
@@ -337,12 +349,17 @@ class Shim:
             return f"{path} cannot be used: {error!r}"
         if self.stopping:
             return "it is stopping"
-        if self.next is not None:  # nobody wants that one any more
-            self.leave(self.next, 0.0)
+        self.keep()
         self.next, self.next_grace, self.refused = child, grace, None
         child.ready_by = child.since + within
         self.begin(child)
         return ""
+
+    def keep(self) -> None:
+        """Give the next child up, if there is one: nobody wants it any more."""
+        given_up, self.next = self.next, None
+        if given_up is not None and given_up.process is not None:
+            self.leave(given_up, 0.0)
 
     def take_over(self, child: Child) -> None:
         """The next child serves: it is the child from now on, and the one before may finish."""
@@ -359,7 +376,8 @@ class Shim:
         except OSError as error:  # whoever asks is told by this process, as long as it lives
             self.log.note(f"cannot write {self.path}: {error}")
         if before is not None and before.process is not None:
-            self.leave(before, self.next_grace)
+            served = before.ready_since is not None
+            self.leave(before, self.next_grace if served else 0.0)
 
     def leave(self, child: Child, grace: float) -> None:
         """Have a child end that is not wanted any more."""
@@ -410,7 +428,9 @@ class Shim:
 
     def press(self, child: Child, now: float) -> None:
         """Kill a child that is to leave, or was to be ready, by now."""
-        if any(at is not None and now >= at for at in (child.kill_at, child.ready_by)):
+        if child.ready_by is not None and now >= child.ready_by:
+            child.late, child.ready_by, child.kill_at = f"{child.ready_by - child.since:g} s", None, now
+        if child.kill_at is not None and now >= child.kill_at:
             child.kill_at = now + 0.5
             self.signal(child, signal.SIGKILL)
 
@@ -448,13 +468,13 @@ class Shim:
 
     def ended(self, child: Child, how: dict[str, Any]) -> None:
         """A child is gone: drain its pipes, then stay, start again, or finish."""
+        child.process = None
         for descriptor in list(child.pipes):
             reader = self.selector.get_key(descriptor).data
             reader()
             if descriptor in child.pipes:
                 self.forget(child, descriptor)
         now = time.monotonic()
-        child.process = None
         ran = now - child.since
         end = {**how, "ran": round(ran, 3), "stopped": self.stopping, "tail": child.last_lines()}
         self.log.note(f"ended with {how}")
@@ -464,8 +484,8 @@ class Shim:
             return
         if child is self.next:
             self.next = None
-            if child.kill_at is not None and child.ready_by is not None:
-                end["message"] = f"it was not ready within {child.ready_by - child.since:g} s"
+            if child.late:
+                end["message"] = f"it was not ready within {child.late}"
             self.refused = {"labels": child.spec["labels"], "exit": end}
             self.changed()
             return
@@ -488,6 +508,8 @@ class Shim:
         if not self.stopping:
             self.stopping = True
             self.restart_at = None
+            if self.listening is not None:  # nobody takes what would lie in its queue
+                self.listening.close()
             self.log.note(f"stopping, grace {grace:g} s")
             for child in self.children():
                 self.signal(child, signal.SIGTERM)
@@ -596,7 +618,7 @@ class Shim:
                     changed = True
                     if child.ready_since is None and says_ready(line):
                         child.ready_since = time.monotonic()
-        if child is self.next and child.ready_since is not None and not self.stopping:
+        if child is self.next and child.ready_since is not None and child.lives and not self.stopping:
             self.take_over(child)
         if changed and child is self.child:
             self.lines = child.lines
@@ -624,7 +646,6 @@ class Shim:
     # ── control socket ────────────────────────────────────────────────────────────────────────────────────
 
     def state(self) -> dict[str, Any]:
-        address = self.listening.getsockname()[:2] if self.listening is not None else None
         following = self.next
         return {
             "identity": self.identity,
@@ -638,7 +659,7 @@ class Shim:
             "refused": self.refused,
             "stopping": self.stopping,
             "gone": self.done or (self.stopping and not self.children() and not self.descendants()),
-            "listen": list(address) if address else None,
+            "listen": list(self.address) if self.address else None,
             "lines": self.lines,
             "logLost": self.log.lost,
             "exit": self.exit,
@@ -679,12 +700,15 @@ class Shim:
         elif operation == "watch":
             connection.watching = True
             self.send(connection, self.state())
-        elif operation in ("stop", "renew") and self.deposed(epoch):
+        elif operation in ("stop", "renew", "keep") and self.deposed(epoch):
             self.log.note(f"no {operation} for epoch {epoch}: another control plane leads")
             self.send(connection, {"error": f"epoch {epoch} is over"})
         elif operation == "renew":
             problem = self.renew(path, grace, within)
             self.send(connection, {"error": problem} if problem else self.state())
+        elif operation == "keep":
+            self.keep()
+            self.send(connection, self.state())
         elif operation == "stop":
             self.stop_waiters.append(connection)
             self.stop(grace)

@@ -1,7 +1,7 @@
 """`python -m quire.router CONFIG.json [--status-fd N]`: run a router until SIGTERM, or until it is told to finish.
 
-The line {"event": "ready"} goes to the descriptor N when requests are answered: its shim waits longer each time
-with a router that does not get there.
+The line {"event": "ready"} goes to the descriptor N when requests are answered, by all workers if they come up:
+its shim waits longer each time with a router that does not get there.
 
 With several workers this process is their head, which starts the others (`crew`) by the same command and
 `--worker NUMBER --line-fd N` (`worker`), and ends when they have.
@@ -56,6 +56,9 @@ from quire_operators.certificates import BadCertificate
 
 log = logging.getLogger("quire.router")
 EX_CONFIG = 78
+COMPLETE_SECONDS = 15.0
+"""That the others of several workers are waited for before the router says that it is ready: one that takes the
+place of another has its work from then on."""
 
 
 async def serve(
@@ -94,16 +97,22 @@ async def serve(
         head,
     )
 
-    def begins() -> None:
+    async def tell() -> None:
+        await serving.wait()
+        await crew.complete(COMPLETE_SECONDS)
         if status_fd is not None:
             os.write(status_fd, b'{"event": "ready"}\n')
 
     def begins_to_end(grace: float) -> None:
+        control.leave()
         head.executor.drain()
         crew.finish(grace)
 
     await teller.begun()
-    server = Server(options(head.asgi, fleet, certificate), config.shutdown_grace, begins, begins_to_end, board)
+    serving = asyncio.Event()
+    telling = asyncio.create_task(tell(), name="ready")
+    settings = options(head.asgi, fleet, certificate)
+    server = Server(settings, config.shutdown_grace, serving.set, begins_to_end, board)
     heed(server)  # before anybody can know that it is there, and end it
     crew.own_requests = lambda: server.requests
     url = base_url(listening, "http" if config.tls is None else "https")
@@ -116,6 +125,7 @@ async def serve(
     try:
         await until_told(server, listening, certificate, fleet.memory)
     finally:
+        telling.cancel()
         await crew.close()
         await control.close()
         await head.executor.close()

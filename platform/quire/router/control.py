@@ -18,11 +18,26 @@ from quire.router.crew import Crew
 from quire_schemas import wire
 
 log = logging.getLogger("quire.router")
+LOOK_SECONDS = 1.0
+"""Between two looks whether the socket is where it was."""
+
+
+async def _answers(path: Path) -> bool:
+    """Whether somebody listens there."""
+    try:
+        _, writer = await asyncio.open_unix_connection(str(path))
+    except (ConnectionRefusedError, FileNotFoundError):
+        return False
+    writer.close()
+    return True
 
 
 class ControlServer:
     """Listens on `path` (0600) until closed, or until a router that is to follow this one has taken the place.
-    `finish(grace)` is called when the control plane ends the router."""
+    `finish(grace)` is called when the control plane ends the router.
+
+    Two routers may be there for a while, and one that is killed may have taken the place shortly before: where
+    nobody answers any more, the one that stays takes it again."""
 
     def __init__(
         self,
@@ -39,10 +54,36 @@ class ControlServer:
         self._finish = finish
         self._server: asyncio.Server | None = None
         self._inode = -1
+        self._keeping: asyncio.Task[None] | None = None
         self._talks: set[asyncio.Task[None]] = set()
 
     async def open(self) -> None:
         """Begin to listen. A socket file left by an earlier router is replaced."""
+        await self._bind()
+        self._keeping = asyncio.create_task(self._keep(), name="control socket")
+
+    def leave(self) -> None:
+        """The router ends: whoever takes the place now is to keep it."""
+        if self._keeping is not None:
+            self._keeping.cancel()
+
+    async def _keep(self) -> None:
+        while True:
+            await asyncio.sleep(LOOK_SECONDS)
+            try:
+                if self._path.exists() and (self._is_ours() or await _answers(self._path)):
+                    continue
+                log.warning("nobody answers at %s any more: this router takes it", self._path)
+                await self._bind()
+            except OSError as error:
+                log.warning("cannot listen on %s: %s", self._path, error)
+
+    def _is_ours(self) -> bool:
+        return self._path.stat().st_ino == self._inode
+
+    async def _bind(self) -> None:
+        if self._server is not None:
+            self._server.close()
         with contextlib.suppress(FileNotFoundError):
             self._path.unlink()
         mask = os.umask(0o177)
@@ -54,6 +95,7 @@ class ControlServer:
 
     async def close(self) -> None:
         """Stop listening and end the conversations."""
+        self.leave()
         if self._server is not None:
             self._server.close()
         for talk in self._talks:
@@ -61,7 +103,7 @@ class ControlServer:
         if self._talks:
             await asyncio.wait(self._talks)
         with contextlib.suppress(FileNotFoundError):
-            if self._path.stat().st_ino == self._inode:
+            if self._is_ours():
                 self._path.unlink()
 
     async def _talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

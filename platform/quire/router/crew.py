@@ -310,6 +310,14 @@ class Crew:
     def _serving(self) -> list[Member]:
         return [member for member in self._members.values() if member.serving_since is not None]
 
+    async def complete(self, seconds: float) -> None:
+        """Wait until all take requests, for so long at most."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while len(self._serving) < self._many:
+                    self._news.clear()
+                    await self._news.wait()
+
     async def apply(self, table: wire.RoutingTable) -> None:
         """Have the whole router act by a table: the head first, so that nobody is let in who is not counted."""
         await self._fleet.apply(table)

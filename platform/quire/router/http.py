@@ -309,6 +309,8 @@ class Protocol(asyncio.Protocol):
             waits = ""
         else:
             waits = "brings no request" if self._began or not self._asked else "asks nothing more"
+            if self._last and self._began:
+                waits = "brings no whole request"  # other than the one before: its time begins anew
         if waits == self._waits and waits:
             return
         self._waits, self._until = waits, math.inf

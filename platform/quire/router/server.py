@@ -49,6 +49,8 @@ TURN_SECONDS = 0.001
 of its system calls, of which every request has some."""
 MAX_WORKERS = 64
 _CROWDED = "The server has as many connections as it can hold."
+HANDSHAKE_SECONDS = 2.0
+"""That the end waits for handshakes of TLS which have begun."""
 LAST_WORDS = 1.0
 """Seconds for clients to take the errors that their requests end with."""
 
@@ -105,11 +107,13 @@ class _Taker:
         self._taking: set[asyncio.Task[None]] = set()
         self._loop.add_reader(listening, self._offered)
 
-    def stop(self) -> None:
+    def stop(self) -> set[asyncio.Task[None]]:
+        """Take none any more; those whose handshake goes on."""
         if self._later is not None:
             self._later.cancel()
         self._loop.remove_reader(self._listening)
         self._board.leave()
+        return self._taking
 
     def _offered(self) -> None:
         if self._board.is_least:
@@ -229,13 +233,23 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         if not self._timers:  # by a signal
             self.finish(self._grace)
+        coming: set[asyncio.Task[None]] = set()
         if self._taker is not None:
-            self._taker.stop()
+            coming = self._taker.stop()
             self._taker = None
         self.server_state.ending = True
         await super().shutdown(sockets)
+        if coming:  # a connection that was taken brings its request
+            await asyncio.wait(coming, timeout=HANDSHAKE_SECONDS)
+            while (self.server_state.connections or self.server_state.tasks) and not self.is_over:
+                await asyncio.sleep(0.05)
         for timer in self._timers:
             timer.cancel()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the grace is over, and the last words are out."""
+        return asyncio.get_running_loop().time() >= self._ends_at + LAST_WORDS
 
     @property
     def requests(self) -> int:

@@ -100,18 +100,23 @@ class Usage:
 
     async def resume(self) -> None:
         """Nobody else writes any more: one that finished beside this one may have written since it was read."""
-        await self._read(sorted(self._budgets.wanted))
+        await self._read(sorted(self._budgets.wanted))  # what fails is begun again by who asked
 
     async def sweep(self) -> None:
         """Hours are forgotten as others are written."""
 
     async def close(self) -> None:
-        """The last is written as the store is closed."""
+        """Write before another one reads. What cannot be written now is tried again as the store is closed."""
+        with contextlib.suppress(StorageUnavailable):
+            await self.write()
 
     async def read_for_budgets(self) -> None:
         """Tell the budgets what was spent of those policies of which they do not know it. What cannot be read now
         is tried again."""
-        await self._read(sorted(self._budgets.unread))
+        try:
+            await self._read(sorted(self._budgets.unread))
+        except StorageUnavailable:
+            self._begin()
 
     async def _read(self, policies: Sequence[str]) -> None:
         if not policies:
@@ -122,11 +127,7 @@ class Usage:
         by = (USAGE.c.at, USAGE.c.policy, USAGE.c.key)
         query = sa.select(*by, *_sums()).where(USAGE.c.at >= since, USAGE.c.policy.in_(policies)).group_by(*by)
         async with self._turn:  # so that nothing goes from one place to the other meanwhile
-            try:
-                rows = await self._store.run(lambda db: db.execute(query).mappings().all())
-            except StorageUnavailable:
-                self._begin()
-                return
+            rows = await self._store.run(lambda db: db.execute(query).mappings().all())
             spent = [(_number(row["at"]), row["policy"], row["key"], _amount(row)) for row in rows]
             waiting = [(_number(at), who.policy, who.key, each) for (at, who), each in self._fresh.items()]
             self._budgets.begin(policies, [*spent, *(each for each in waiting if each[1] in policies)])
