@@ -6,10 +6,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from tests.waiting import alive, eventually
 
 from quire_kernels import BackendUnavailable, best, load
 from quire_kernels.cpu import build
@@ -174,6 +176,10 @@ def test_a_compiler_that_hangs_is_ended(compiler: Compiler, monkeypatch: pytest.
     assert "not done after" in _fails(build.LEVELS[-1])
 
 
+def ended(pid: int) -> bool:
+    return not alive(pid)
+
+
 def test_what_a_compiler_has_started_is_ended_with_it(
     compiler: Compiler, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -182,8 +188,7 @@ def test_what_a_compiler_has_started_is_ended_with_it(
     monkeypatch.setattr(build, "BUILD_SECONDS", 2.0)
     assert "not done after" in _fails(build.LEVELS[-1])
     for number in started.read_text().split():
-        stat = Path(f"/proc/{number}/stat")
-        assert not stat.exists() or stat.read_text().split()[2] == "Z"
+        eventually(partial(ended, int(number)), "it is ended", seconds=10)
 
 
 def test_a_file_that_is_no_library_is_told(compiler: Compiler) -> None:

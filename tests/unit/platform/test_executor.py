@@ -107,8 +107,7 @@ async def to_be_answered(responses: Responses, size: int = 0) -> tuple[str, int]
 async def test_a_response_in_the_background_is_tried_until_it_has_ended(
     executor: Executor, step: str, error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (background,) = executor._beside
-    assert isinstance(background, Background)
+    background = next(each for each in executor._beside if isinstance(each, Background))
     responses = background._responses
     monkeypatch.setattr(responses, step, failing(getattr(responses, step), 1, error))
     monkeypatch.setattr(beside, "PAUSES", (0.01, 0.02))
