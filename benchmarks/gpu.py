@@ -32,6 +32,7 @@ from torch import Tensor
 
 from benchmarks.gpu_experts import experts_rows
 from benchmarks.gpu_products import product_rows
+from benchmarks.gpu_weights import RandomWeights
 from benchmarks.workload import Lengths
 from quire_engine.driver import spare_the_collector
 from quire_engine.engine import DTYPES, KV_DTYPES, Engine
@@ -43,7 +44,7 @@ from quire_engine.step import StepResult
 from quire_kernels import load as load_kernels
 from quire_kernels.paging import PagedBatch
 from quire_kernels.triton import attention
-from quire_schemas.checkpoint import ModelProfile, expected_tensors, profile_from_config, read_profile
+from quire_schemas.checkpoint import profile_from_config, read_profile
 from quire_schemas.quantization import quantized_bytes
 from quire_schemas.sizing import FOOTPRINT, gpu_activations, kv_block_bytes, kv_bytes_per_token
 from quire_schemas.wire import EngineSpec, Generate, KvDtype, Quantization, Sampling
@@ -134,45 +135,6 @@ EIGHT_B = {
     "8b-fp8": Quantization("fp8", "fp8"),
 }
 """Parts that measure an 8B with weights in fewer bits."""
-
-
-class RandomWeights:
-    """A `TensorSource` of normal numbers (standard deviation 0.02, norms 1), made on the device."""
-
-    dtype, device = torch.bfloat16, CUDA
-
-    def __init__(self, profile: ModelProfile) -> None:
-        self._shapes = dict(expected_tensors(profile))
-        self._generator = torch.Generator(CUDA).manual_seed(0)
-
-    def tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        return self.stack([name]).to(dtype or self.dtype)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._shapes[name]
-
-    def rows(self, name: str, whole: int = 1) -> Iterator[Tensor]:
-        yield self.tensor(name)
-
-    def is_coded(self, name: str) -> bool:
-        return False
-
-    def stays(self, name: str) -> bool:
-        return False
-
-    def turned(self, name: str, parts: int = 1) -> list[Tensor]:
-        count, inputs, outputs = self._shapes[name]
-        shape = (count, outputs // parts, inputs)
-        made = (torch.empty(shape, dtype=torch.bfloat16, device=CUDA) for _ in range(parts))
-        return [each.normal_(0.0, 0.02, generator=self._generator) for each in made]
-
-    def stack(self, names: Sequence[str]) -> Tensor:
-        shapes = [self._shapes[name] for name in names]
-        shape = (sum(first for first, *_ in shapes), *shapes[0][1:])
-        if names[0].endswith("norm.weight"):
-            return torch.ones(shape, dtype=torch.bfloat16, device=CUDA)
-        result = torch.empty(shape, dtype=torch.bfloat16, device=CUDA)
-        return result.normal_(0.0, 0.02, generator=self._generator)
 
 
 # ── the card ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -289,7 +251,7 @@ class Bench:
         torch.cuda.reset_peak_memory_stats()
         began = time.perf_counter()
         kernels = load_kernels("triton")
-        weights: Any = RandomWeights(profile)
+        weights: Any = RandomWeights(profile, CUDA)
         method_of = linear_method(weights, kernels, quantization)
         model = DecoderModel.build(profile, weights, device=CUDA, kernels=kernels, method=method_of)
         cache = KVCache.allocate(profile, blocks, 16, KV_DTYPES[kv], CUDA)

@@ -3,6 +3,8 @@
 A code is a sign, two bits of exponent and one of fraction; the first of two is in the low half of a byte. Every
 number is one of bfloat16, too, so nothing is lost, unless the engine computes in float16, which has no such range.
 
+With the largest powers there are numbers that an engine's dtype cannot hold; callers look for them.
+
 Legend: N outputs, G groups of 32 inputs.
 """
 
@@ -11,11 +13,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-GROUP = 32
 NO_SCALE = 255
 """Stands for no number."""
 _SIZES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _NUMBERS = torch.tensor([*_SIZES, *(-size for size in _SIZES)])
+
+
+def largest(power: int) -> float:
+    """The largest number that there can be with that power."""
+    return float(_SIZES[-1] * 2.0 ** (power - 127))
 
 
 def widened(codes: Tensor, powers: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from quire_kernels.quantized import check_codes, check_scales, widened
 from quire_schemas import fp8
 from quire_schemas.checkpoint import ModelProfile, check_tensors, each_expert
 from quire_schemas.checkpoint_files import BadHeader, TensorInfo, WrongTensors, opened, read_tensors
+from quire_schemas.mxfp4 import GROUP
 from quire_schemas.quantization import QUANTIZED_AT_A_TIME
 
 PIECE = 16 * 1024 * 1024
@@ -42,8 +43,9 @@ class TensorSource(Protocol):
     def shape(self, name: str) -> tuple[int, ...]:
         """Of one tensor."""
 
-    def stack(self, names: Sequence[str]) -> Tensor:
-        """Tensors that agree in all but the first dimension, one after the other along it."""
+    def stack(self, names: Sequence[str], dtype: torch.dtype | None = None) -> Tensor:
+        """Tensors that agree in all but the first dimension, one after the other along it; `dtype` as of
+        `tensor`."""
 
     def turned(self, name: str, parts: int = 1) -> list[Tensor]:
         """A tensor [E, K, N], whose matrices have inputs before outputs, as parameters [E, N / parts, K]: output n
@@ -85,7 +87,7 @@ class Weights:
         return self._tensors[name].shape
 
     def stack(self, names: Sequence[str], dtype: torch.dtype | None = None) -> Tensor:
-        """See `TensorSource`. `dtype` replaces that of all others."""
+        """See `TensorSource`."""
         infos = [self._tensors[name] for name in names]
         rows = sum(info.shape[0] for info in infos)
         shape = (rows, *infos[0].shape[1:])
@@ -125,8 +127,10 @@ class Weights:
                 f"{scales.file.name}: tensor {scales.name} has powers that are no numbers",
                 "the file is damaged, or its numbers were never right",
             )
+        # hardly any file has such powers, and the products need not be looked at then
+        suspect = mxfp4.largest(int(powers.amax())) > torch.finfo(self.dtype).max
         powers = powers.view(scales.shape)
-        shape, size = (count, outputs // parts, groups * mxfp4.GROUP), codes.nbytes // count
+        shape, size = (count, outputs // parts, groups * GROUP), codes.nbytes // count
         found = [large_pages(torch.empty(shape, dtype=self.dtype, device=self.device)) for _ in range(parts)]
         staging = torch.empty(size, dtype=torch.uint8)
         step = parts * max(1, QUANTIZED_AT_A_TIME // (parts * shape[2]))
@@ -138,7 +142,8 @@ class Weights:
                 for part, target in enumerate(found):
                     piece = target[number, first // parts : (first + step) // parts]
                     piece.copy_(wide[part::parts])
-                    self._check(piece, codes)
+                    if suspect:
+                        _require_finite(piece, codes)
             self._advance(length)
         return found
 
@@ -228,12 +233,7 @@ class Weights:
         for rows in self.rows(info.name):
             piece = target[at : at + rows.numel()]
             piece.copy_(rows.view(-1))
-            if not bool(piece.abs().amax().isfinite()):
-                dtype = str(target.dtype).removeprefix("torch.")
-                raise WrongTensors(
-                    f"{info.file.name}: tensor {info.name} stands for numbers that {dtype} cannot hold",
-                    "set spec.engine.dtype to bfloat16 or float32; or the file is damaged",
-                )
+            _require_finite(piece, info)
             at += rows.numel()
 
     def _read(self, info: TensorInfo, buffer: Tensor, size: int = PIECE) -> Iterator[int]:
@@ -279,6 +279,16 @@ class Weights:
         for length, _ in zip(self._read(one, left), self._read(other, right), strict=True):
             if not torch.equal(left[:length], right[:length]):
                 raise differs
+
+
+def _require_finite(piece: Tensor, info: TensorInfo) -> None:
+    """Of numbers that were widened."""
+    if not bool(piece.abs().amax().isfinite()):
+        dtype = str(piece.dtype).removeprefix("torch.")
+        raise WrongTensors(
+            f"{info.file.name}: tensor {info.name} stands for numbers that {dtype} cannot hold",
+            "set spec.engine.dtype to bfloat16 or float32; or the file is damaged",
+        )
 
 
 def _checked(check: Callable[[Tensor], None], numbers: Tensor, info: TensorInfo) -> None:

@@ -185,6 +185,10 @@ class LLM:
                 device=kind,
             )
         except Unquantizable as found:
+            if quantization is None and found.field == "activations":
+                raise ValueError(
+                    f"activations is {activations!r}: {found}\nhint: {_INSTEAD[found.field]}"
+                ) from None
             instead = 'device="cpu"' if quantization is None else _INSTEAD[found.field]
             raise ValueError(f"quantization is {quantization!r}: {found}\nhint: {instead}") from None
         if kv_dtype != "auto" and (problem := kv_misfit(profile, kv_dtype, kind)):
@@ -749,7 +753,7 @@ def _check_quantization(method: object, group_size: object, activations: object)
             raise ValueError(
                 f'group_size is {group_size}, and only quantization="int4" has groups\nhint: group_size=None'
             )
-    if method is None and activations != "auto":
+    if method is None and activations == "int8":  # fp8 and bf16 are those of a checkpoint in fp8
         raise ValueError(
             f"activations is {activations!r}, and nothing is quantized\n"
             'hint: quantization="int8" or "int4", or activations="auto"'
@@ -758,7 +762,7 @@ def _check_quantization(method: object, group_size: object, activations: object)
 
 _INSTEAD = {
     "method": "quantization=None",
-    "activations": 'dtype="bfloat16", or activations="auto"',
+    "activations": 'activations="auto", or for bf16 dtype="bfloat16"',
     "groupSize": 'another group_size, or quantization="int8"',
 }
 """By field of `spec.quantization`: what to pass where it cannot be had."""

@@ -18,7 +18,7 @@ from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from quire_schemas import fp8
+from quire_schemas import fp8, mxfp4
 from quire_schemas.checkpoint_files import (
     MissingFile,
     TensorInfo,
@@ -35,9 +35,6 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 _WEIGHT_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
-
-MXFP4_GROUP = 32
-"""Inputs that share a power of two."""
 
 LayerKind = Literal["full", "sliding"]
 Activation = Literal["silu", "gelu"]
@@ -260,6 +257,10 @@ def _windows(
     else:
         sliding = [slides(layer) for layer in range(config.num_hidden_layers)]
     if window is None and any(sliding):
+        if config.layer_types is None:
+            raise invalid(
+                "sliding_window", "is null, and this architecture has sliding layers without layer_types"
+            )
         raise invalid("layer_types", "names sliding layers, but no sliding window is in use")
     return (window if any(sliding) else None), tuple("sliding" if it else "full" for it in sliding)
 
@@ -535,11 +536,14 @@ class _GptOss(_WithExperts):
         count = self.count(128)
         if count == 0:
             raise invalid("num_local_experts", "is 0; every layer has experts")
+        layers = range(self.num_hidden_layers)
         packed = bool(self.quantization_config)
+        if self.quantization_config:
+            mxfp4.read_mxfp4(self.quantization_config, (f"model.layers.{layer}.mlp.experts" for layer in layers))
         for key in ("hidden_size", "intermediate_size") if packed else ():
-            if getattr(self, key) % MXFP4_GROUP:
+            if getattr(self, key) % mxfp4.GROUP:
                 raise invalid(
-                    key, f"{getattr(self, key)} is no whole number of groups of {MXFP4_GROUP}, as mxfp4 needs"
+                    key, f"{getattr(self, key)} is no whole number of groups of {mxfp4.GROUP}, as mxfp4 needs"
                 )
         return ExpertsProfile(
             num_experts=count,
@@ -726,8 +730,7 @@ def _stored_bytes(profile: ModelProfile) -> Iterator[int]:
     """Of each tensor, as config.json says that it is stored."""
     for name, shape in expected_tensors(profile):
         if is_packed(profile, name):
-            codes, powers = _packed_shapes(shape)
-            yield math.prod(codes) + math.prod(powers)
+            yield mxfp4.stored_bytes(shape)
         elif profile.fp8 is not None and profile.fp8.holds(name, shape):
             yield fp8.stored_bytes(shape)
         else:
@@ -869,15 +872,8 @@ def is_packed(profile: ModelProfile, name: str) -> bool:
     return packed and name.endswith((".experts.gate_up_proj", ".experts.down_proj"))
 
 
-def _packed_shapes(shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Of experts' weights [E, K, N] those of their codes and of their powers of two."""
-    count, inputs, outputs = shape
-    groups = inputs // MXFP4_GROUP
-    return (count, outputs, groups, MXFP4_GROUP // 2), (count, outputs, groups)
-
-
 def _in_mxfp4(name: str, shape: tuple[int, ...], tensors: Mapping[str, TensorInfo]) -> Iterator[TensorInfo]:
-    for kind, expected in zip(("blocks", "scales"), _packed_shapes(shape), strict=True):
+    for kind, expected in zip(("blocks", "scales"), mxfp4.packed_shapes(shape), strict=True):
         tensor = tensors.get(f"{name}_{kind}")
         hint = "by quantization_config of config.json experts are in mxfp4: a file is missing, or it is wrong"
         if tensor is None:

@@ -4,8 +4,7 @@
     X.weight_scale_inv    [⌈N / 128⌉, ⌈K / 128⌉]    F32, BF16 or F16: what a code of 1 stands for in its block
 
 Embeddings, heads, norms and routers of experts are floats, and so are the modules that `modules_to_not_convert`
-names, or `ignored_layers`, as some call it. Everything that would change the numbers and is not read is refused by
-its key.
+names, or `ignored_layers`, as some call it.
 
 Legend: N outputs, K inputs.
 """
@@ -17,7 +16,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from quire_schemas.checkpoint_files import UnsupportedFeature, invalid
+from quire_schemas.checkpoint_files import UnsupportedFeature
+from quire_schemas.quantization_config import check_keys, kept_names
 
 CODES = "F8_E4M3"
 """The dtype of codes, as headers spell it."""
@@ -45,14 +45,19 @@ _KEPT = ("modules_to_not_convert", "ignored_layers")
 class Fp8Profile:
     """Which weights of a checkpoint are in fp8: those of all linear layers but the ones within `kept`."""
 
-    kept: tuple[str, ...] = ()
+    kept: frozenset[str] = frozenset()
     """Names of modules, or consecutive parts of such names."""
 
     def holds(self, name: str, shape: tuple[int, ...]) -> bool:
         """Whether the tensor `name` is in fp8."""
-        linear = len(shape) == 2 and name.startswith("model.layers.") and not name.endswith(".gate.weight")
-        module = f".{name.removesuffix('.weight')}."
-        return linear and not any(f".{kept}." in module for kept in self.kept)
+        if len(shape) != 2 or not name.startswith("model.layers.") or name.endswith(".gate.weight"):
+            return False
+        if not self.kept:
+            return True
+        # a file may keep a module of each layer, and have thousands of tensors: so names are looked up, not tried
+        parts = name.removesuffix(".weight").split(".")
+        ends = range(1, len(parts) + 1)
+        return not any(".".join(parts[at:end]) in self.kept for end in ends for at in range(end))
 
 
 def scales_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -77,23 +82,6 @@ def read_fp8(config: Mapping[str, Any]) -> Fp8Profile | None:
             f"config.json: quantization_config: weights quantised by {method} are not supported by this version",
             "use the checkpoint in bfloat16 or float32 from which the quantised one was made, or one in fp8",
         )
-    lists = [(key, found[key]) for key in _KEPT if found.get(key) is not None]
-    for key, kept in lists:
-        if not isinstance(kept, list) or not all(isinstance(name, str) and name for name in kept):
-            raise invalid(f"quantization_config.{key}", f"expected names of modules, got {kept!r}")
-        if kept != lists[0][1]:
-            raise invalid(f"quantization_config.{key}", f"has other names than {lists[0][0]}")
-    for key, values in _HONOURED.items():
-        value = found.get(key, None if key in _NEEDED else values[0])
-        if repr(value) not in map(repr, values):  # 128.0 and True are no 128 and no 1
-            raise UnsupportedFeature(
-                f"config.json: quantization_config.{key}: {value!r} is not supported by this version",
-                f"fp8 is read with {key} {values[0]!r}; or use the checkpoint in bfloat16",
-            )
-    for key in found:
-        if key not in _HONOURED and key not in _KEPT:
-            raise UnsupportedFeature(
-                f"config.json: quantization_config.{key} is not known to this version",
-                f"fp8 is read with {', '.join(_HONOURED)} and modules_to_not_convert",
-            )
-    return Fp8Profile(tuple(lists[0][1]) if lists else ())
+    kept = kept_names(found, _KEPT)
+    check_keys(found, "fp8", _HONOURED, _KEPT, _NEEDED)
+    return Fp8Profile(kept)

@@ -34,6 +34,8 @@ e bytes of a number.
 
 from __future__ import annotations
 
+import functools
+
 from quire_schemas.checkpoint import ExpertsProfile, ModelProfile, expected_tensors
 from quire_schemas.fp8 import BLOCK
 from quire_schemas.quantization import QUANTIZED_AT_A_TIME, is_quantized, quantized_bytes
@@ -134,6 +136,7 @@ def _split_parts(profile: ModelProfile) -> int:
     return SPLIT_PAIRS * members * (profile.head_dim + 2) * 4
 
 
+@functools.lru_cache(maxsize=32)  # as `sizing.weight_bytes`: no context changes it
 def loading_bytes(profile: ModelProfile, quantization: Quantization) -> int:
     """A piece that is quantized; or a weight in 4 bits beside itself in the order of the kernels, and a piece on
     its way there."""

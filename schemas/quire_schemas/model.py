@@ -274,7 +274,7 @@ class Quantization(Strict):
         "Number format of what enters a quantized layer. 'int8' has one scale for each token, found as it "
         "comes, and products of integers; 'fp8', for fp8 weights, one for each 128 inputs of a token; 'bf16' "
         "leaves it as it is. 'auto' is int8, with fp8 weights fp8, and with int4 on a GPU engine.dtype, for "
-        "there nothing would be gained.",
+        "there nothing would be gained. With method none only a checkpoint in fp8 on a GPU has any.",
         "auto",
         update="rolling",
     )

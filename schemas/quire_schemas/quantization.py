@@ -30,6 +30,7 @@ from quire_schemas.fp8 import BLOCK
 from quire_schemas.wire import Quantization
 
 METHODS: tuple[Literal["int8", "int4", "fp8"], ...] = ("int8", "int4", "fp8")
+Declared = Literal["none", "int8", "int4", "fp8"]
 GROUP_SIZES = (32, 64, 128)
 """With int4; the first is the default."""
 INT8_INPUTS = 4
@@ -61,13 +62,17 @@ def resolve(
     if method == "none" and profile.fp8 is not None and device == "cuda":
         method = "fp8"
     if method == "none":
+        if activations != "auto":
+            why = "the checkpoint is in floats, and nothing of it is quantized"
+            if profile.fp8 is not None:
+                why = "weights in fp8 are widened on a CPU, where no input is rounded"
+            other: Declared = "fp8" if activations == "fp8" else "int8"
+            met = (activations != "bf16" or dtype == "bfloat16") and not _unfit(profile, other, device)
+            quantized = f", or method: {other}" if met else ""
+            raise Unquantizable("activations", why, f"declare activations: auto{quantized}")
         return None
-    if problem := device_misfit(method, device):
-        instead = "method: int8" if profile.fp8 is None else "method: none, which widens them, or method: int8"
-        raise Unquantizable("method", problem, f"declare engine.device: cuda, {instead}")
-    if problem := experts_misfit(profile, method, device):
-        elsewhere = "" if experts_misfit(profile, method, "cpu") else "engine.device: cpu, or "
-        raise Unquantizable("method", problem, f"declare {elsewhere}method: none")
+    if problem := device_misfit(method, device) or experts_misfit(profile, method, device):
+        raise Unquantizable("method", problem, _instead(profile, declared["method"], device))
     if activations in ("int8", "fp8") and (activations == "fp8") != (method == "fp8"):
         raise Unquantizable(
             "activations",
@@ -98,11 +103,35 @@ def resolve(
             ("method: int8", Quantization("int8")),
         ]
         if method == "fp8":
-            raise Unquantizable("method", problem, "declare engine.device: cpu, or method: int8")
+            raise Unquantizable("method", problem, _instead(profile, declared["method"], device))
         fitting = [said for said, other in others if not misfit(profile, other)]
         field = "method" if size is None else "groupSize"
         raise Unquantizable(field, problem, f"declare {', or '.join(fitting or ['method: none'])}")
     return found
+
+
+def _unfit(profile: ModelProfile, method: Declared, device: Literal["cpu", "cuda"]) -> str:
+    """Why a declared method cannot be had on that device, whatever else is declared; empty if it can."""
+    if method == "none":
+        return "" if profile.fp8 is None or device == "cpu" else _half_in_fp8(profile)
+    size = GROUP_SIZES[0] if method == "int4" else None
+    return (
+        device_misfit(method, device)
+        or experts_misfit(profile, method, device)
+        or misfit(profile, Quantization(method, group_size=size))
+    )
+
+
+def _instead(profile: ModelProfile, method: Declared, device: Literal["cpu", "cuda"]) -> str:
+    """What can be declared in place of a method that cannot be had on that device, and is not refused next."""
+    other: Literal["cpu", "cuda"] = "cuda" if device == "cpu" else "cpu"
+    found = [] if _unfit(profile, method, other) else [f"engine.device: {other}"]
+    others: tuple[Declared, ...] = ("none", "int8")
+    for another in others:
+        if another != method and not _unfit(profile, another, device):
+            widens = another == "none" and method == "fp8" and profile.fp8 is not None
+            found.append(f"method: {another}" + (", which widens them" if widens else ""))
+    return f"declare {', or '.join(found or ['engine.device: cpu and method: none'])}"
 
 
 def misfit(profile: ModelProfile, quantization: Quantization) -> str:
@@ -122,6 +151,8 @@ def _half_in_fp8(profile: ModelProfile) -> str:
     if profile.fp8 is None:
         return ""
     for name, shape in expected_tensors(profile):
+        if ".experts." in name:  # each of the three is a weight of its own
+            continue
         for first, *others in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
             if name.endswith(f".{first}.weight"):
                 whole = profile.fp8.holds(name, shape)
@@ -142,27 +173,34 @@ def device_misfit(method: str, device: Literal["cpu", "cuda"]) -> str:
 
 def experts_misfit(profile: ModelProfile, method: str, device: Literal["cpu", "cuda"]) -> str:
     """Why experts quantized by that method cannot be had on that device; empty if they can, or if there are none:
-    those of a checkpoint in fp8 are widened."""
+    those of a checkpoint in fp8 are widened, and none are made."""
     if profile.experts is not None and profile.experts.turned:
         return f"quantized experts of {profile.architecture} are not supported by this version"
-    if profile.experts is None or device == "cpu" or (method == "fp8" and profile.fp8 is not None):
+    if profile.experts is None or (method == "fp8" and profile.fp8 is not None):
+        return ""
+    if method == "fp8":
+        return f"experts ({profile.architecture}) have no products in fp8"
+    if device == "cpu":
         return ""
     return f"quantized experts ({profile.architecture}) run on a CPU alone, and this model runs on a GPU"
 
 
-def fp8_widened(profile: ModelProfile, quantization: Quantization | None) -> str:
-    """Which weights of a checkpoint in fp8 become numbers of the engine's dtype; empty if none do."""
+def widened(profile: ModelProfile, quantization: Quantization | None) -> str:
+    """Which weights that the checkpoint has in fewer bits become numbers of the engine's dtype; empty if none
+    do."""
+    if profile.experts is not None and profile.experts.packed:
+        return "experts in MXFP4"
     if profile.fp8 is None:
         return ""
     if quantization is None:
-        return "weights"
-    return "experts" if quantization.method == "fp8" and profile.experts is not None else ""
+        return "weights in fp8"
+    return "experts in fp8" if quantization.method == "fp8" and profile.experts is not None else ""
 
 
 def is_quantized(profile: ModelProfile, name: str, shape: tuple[int, ...], quantization: Quantization) -> bool:
     """Whether a tensor of the checkpoint is one of those that are quantized."""
     if quantization.method == "fp8" and profile.fp8 is not None:
-        return profile.fp8.holds(name, shape) and ".experts." not in name
+        return ".experts." not in name and profile.fp8.holds(name, shape)
     experts = profile.experts
     if experts is not None and name.endswith(f".{experts.block}.{experts.router_name}.weight"):
         return False

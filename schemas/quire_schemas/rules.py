@@ -498,13 +498,16 @@ def _quantization(facts: Facts) -> Iterator[Finding]:
         }[method]
         yield Finding((*at, "groupSize"), why, "remove groupSize, or declare method: int4", True)
     if method == "none":
-        if activations != "auto":
-            why = "nothing is quantized with method none"
-            yield Finding((*at, "activations"), why, "remove activations, or declare method: int8", True)
+        # a checkpoint in fp8 is that on a GPU: fp8 and bf16 are left to `quantization.resolve`, which knows it
+        scripted, device = facts["spec.engine.runner"] == "scripted", facts["spec.engine.device"]
+        if activations != "auto" and (activations == "int8" or scripted or device == "cpu"):
+            why = "nothing is quantized with method none" + (" on a CPU" if device == "cpu" else "")
+            hint = "remove activations" + ("" if scripted else ", or declare method: int8")
+            yield Finding((*at, "activations"), why, hint, True)
+            return
+    elif method not in ("int8", "int4", "fp8"):
         return
-    if method not in ("int8", "int4", "fp8"):
-        return
-    if facts["spec.engine.runner"] == "scripted":
+    elif facts["spec.engine.runner"] == "scripted":
         yield Finding((*at, "method"), "a scripted model has no weights", "remove it, or runner: scripted")
     elif facts["spec.engine.device"] == "cpu" and method == "fp8":
         yield Finding(

@@ -40,12 +40,12 @@ from quire_schemas.quantization import (
     GROUP_SIZES,
     QUANTIZED_AT_A_TIME,
     experts_misfit,
-    fp8_widened,
     is_quantized,
     is_wide,
     misfit,
     quantized_bytes,
     shared_outputs,
+    widened,
 )
 from quire_schemas.wire import Quantization, RunnerKind
 
@@ -399,8 +399,8 @@ def activation_bytes(
         """What a product of `count` rows with a quantized weight holds besides input and result."""
         if quantization is None:
             return 0
-        widened = min(WIDENED, inputs * outputs) * _WIDENED_BYTES
-        return count * (inputs * (3 * 4 + wide + 1) + outputs * 4 * 4) + widened
+        floats = min(WIDENED, inputs * outputs) * _WIDENED_BYTES
+        return count * (inputs * (3 * 4 + wide + 1) + outputs * 4 * 4) + floats
 
     norm = tokens * hidden * (wide + 3 * 4 + e)
     rotary = tokens * ((q + 2 * kv) * e + (q + kv) * (e + wide + 3 * 4))
@@ -412,12 +412,14 @@ def activation_bytes(
     grouped = min(length, GATHER_BYTES // token_bytes + 1)
     gather += len(set(profile.layer_kinds)) * rows * (grouped * 5 + (512 + length) * 8)
     if profile.attention_softcap is not None or profile.sinks:
-        # such scores are written out, up to three times over, and keys or values beside them
-        scores = max(length, min(rows * length, GATHER_BYTES // token_bytes)) * profile.num_heads
-        tile = min(
-            max(MASK_BYTES // 4, 16 * length * profile.num_heads), (tokens + 16) * length * profile.num_heads
-        )
-        gather += 3 * 4 * max(scores, tile) + length * q * 4
+        # such scores are written out, up to three times over, and keys or values beside them once for each head
+        # that sees them. Of long sequences key heads are taken in turns: keys times key heads of one, at most
+        members = profile.num_heads // profile.num_kv_heads
+        turn = max(length, min(profile.num_kv_heads * length, GATHER_BYTES // (2 * 4 * profile.head_dim)))
+        together = min(rows * length, GATHER_BYTES // token_bytes) * profile.num_kv_heads
+        seen = members * max(turn, together)
+        tile = min(max(MASK_BYTES // 4, 16 * members * turn), (tokens + 16) * members * turn)
+        gather += 3 * 4 * max(seen, tile) + seen * profile.head_dim * 4
     mask = 2 * min(max(MASK_BYTES, 16 * length * 4), (tokens + 16) * length * 4)
     attend = tokens * ((q + 2 * kv) * e + (q + kv) * e + q * (2 * e + 3 * 4) + profile.num_heads * 4)
     qkv = tokens * (q + 2 * kv) * e + product(tokens, hidden, q + 2 * kv)
@@ -675,10 +677,10 @@ def _notes(profile: ModelProfile, report: FitReport) -> Iterable[str]:
     request = report.request
     if request.runner == "scripted":
         yield "engine.runner is scripted: no weights are loaded, and blocks of the cache are numbers alone"
-    widened = fp8_widened(profile, request.quantization)
-    if widened and request.runner == "model":
+    which = widened(profile, request.quantization)
+    if which and request.runner == "model":
         device = {"cpu": "a CPU", "cuda": "a GPU"}[request.device]
-        yield f"{widened} in fp8 are widened to {request.dtype}, for nothing on {device} multiplies them"
+        yield f"{which} are widened to {request.dtype}, for nothing on {device} multiplies them"
     if request.max_model_len is None and report.max_model_len < profile.max_position_embeddings:
         whole = not request.chunked_prefill and report.max_model_len == request.max_num_batched_tokens
         yield (

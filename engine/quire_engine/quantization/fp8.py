@@ -51,8 +51,7 @@ class Fp8:
     def experts(self, gate: Sequence[str], up: Sequence[str], down: Sequence[str]) -> Experts:
         if self.weights.is_coded(gate[0]) or self.weights.stays(gate[0]):
             return self._plain.experts(gate, up, down)
-        stacked = self._stack(gate), self._stack(up), self._stack(down)
-        return self.kernels.quantized_experts(*stacked, len(gate), self._activations, self.weights.dtype)
+        raise KernelError(f"{gate[0]} cannot be made fp8")  # `experts_misfit` has refused it by name
 
     def turned_experts(self, at: str, clamp: Clamp | None) -> Experts:
         raise KernelError(f"{at} cannot be quantized")  # `experts_misfit` has refused it by name

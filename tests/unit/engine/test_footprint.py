@@ -27,7 +27,7 @@ from quire_engine.sampler import sample
 from quire_engine.step import Draw, Scheduled, StepPlan
 from quire_kernels import Kernels, PagedBatch, load
 from quire_kernels.cpu import CpuKernels
-from quire_kernels.reference import GATHER_BYTES
+from quire_kernels.reference import GATHER_BYTES, ReferenceKernels
 from quire_kernels.reference.product import WIDENED
 from quire_schemas import sizing
 from quire_schemas.adapters import AdapterProfile, read_adapter
@@ -215,6 +215,14 @@ SLIDING = {"architecture": "MistralForCausalLM", "sliding_window": 200}
 EXPERTS = {"architecture": "Qwen3MoeForCausalLM", "num_experts": 16, "num_experts_per_tok": 8}
 GEMMA2 = {"architecture": "Gemma2ForCausalLM", "sliding_window": 200, "intermediate_size": 300}
 GPT_OSS = {"architecture": "GptOssForCausalLM", "sliding_window": 200}
+LONG_HEADS = {  # of which no gather holds all
+    "architecture": "GptOssForCausalLM",
+    "num_hidden_layers": 1,
+    "layer_types": ["full_attention"],
+    "num_attention_heads": 64,
+    "num_key_value_heads": 32,
+    "head_dim": 64,
+}
 GEMMA3 = {"architecture": "Gemma3ForCausalLM", "sliding_window": 200, "head_dim": 64}
 WIDE_EXPERTS = {"architecture": "MixtralForCausalLM", "num_experts": 3, "intermediate_size": 2000}
 MIXED = SLIDING | {
@@ -250,6 +258,7 @@ MIXED = SLIDING | {
         (GEMMA2, [(2, 8000, 1), (1, 8000, 30)], 8192),
         (GEMMA3, [(1, 0, 300), (3, 40, 1)], 512),
         (GPT_OSS, [(1, 0, 500), (12, 900, 1)], 1024),
+        pytest.param(LONG_HEADS, [(1, 8100, 16)], 8192, marks=pytest.mark.nightly),
     ],
 )
 def test_a_step_stays_below_the_activation_bound(
@@ -272,10 +281,11 @@ def a_step_stays_below_the_bound(
     folder: Path,
     quantization: Quantization | None = None,
     ranks: Sequence[int] = (),
+    kernels: Kernels | None = None,
 ) -> None:
-    """`ranks` are those of adapters, which sequences have in turns."""
+    """`ranks` are those of adapters, which sequences have in turns; `kernels` are others of that back-end."""
     described = write_checkpoint(folder, config(**shape))
-    kernels = load(backend)
+    kernels = kernels or load(backend)
     written = [write_adapter(folder / f"a{at}", at, rank=rank, base=folder) for at, rank in enumerate(ranks)]
     adapters = [read_adapter(each, described) for each in written]
     model = open_model(folder, described, dtype, kernels, quantization, adapters)
@@ -318,6 +328,20 @@ def a_step_stays_below_the_bound(
     # native attention gathers nothing, and native buffers are for 64 tokens at least
     if backend == "reference" and tokens > 1:
         assert found >= bound / 8
+
+
+def test_key_heads_that_are_taken_in_turns_stay_below_the_activation_bound(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `LONG_HEADS`, with a gather that is smaller than that and not heads that are more. The bound is that of
+    the heads of a turn: those of all would have twice as many scores."""
+    monkeypatch.setattr(sizing, "GATHER_BYTES", 1 << 20)
+    shape = LONG_HEADS | {"num_key_value_heads": 8, "head_dim": 16}
+    kernels = ReferenceKernels(1 << 20)
+    a_step_stays_below_the_bound(shape, [(1, 2000, 20)], 2048, "float32", "reference", tmp_path, kernels=kernels)
+    described = read_profile(tmp_path)
+    bound = sizing.activation_bytes(described, "float32", 20, 1, 2048)
+    assert bound < 3 * 4 * 16 * 2048 * described.num_heads
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])

@@ -34,7 +34,7 @@ from quire_engine.errors import InvalidSpec
 from quire_engine.models import DecoderModel, load_model
 from quire_engine.quantization.fp8 import Fp8
 from quire_engine.weights import Weights
-from quire_kernels import load, quantized
+from quire_kernels import KernelError, load, quantized
 from quire_schemas import fp8
 from quire_schemas.checkpoint import read_config, read_profile
 from quire_schemas.checkpoint_files import CheckpointError
@@ -190,6 +190,13 @@ def test_experts_in_fp8_are_widened_and_their_router_is_none_of_them(tmp_path: P
     expected = logits(opened(wide, backend="cpu"))
     torch.testing.assert_close(logits(opened(coded, backend="cpu")), expected, atol=1e-4, rtol=0)
     torch.testing.assert_close(logits(opened(coded, AS_IT_IS)), expected, atol=1e-4, rtol=0)
+
+
+def test_experts_in_floats_are_not_made_fp8(tmp_path: Path) -> None:
+    """Nothing multiplies such experts: who gets past `resolve` is refused here."""
+    _, wide = checkpoints(EXPERTS, tmp_path)
+    with pytest.raises(KernelError, match=r"experts\.0\.gate_proj\.weight cannot be made fp8"):
+        opened(wide, FP8)
 
 
 def test_modules_that_are_not_converted_are_floats(tmp_path: Path) -> None:

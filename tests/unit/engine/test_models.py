@@ -567,6 +567,30 @@ def test_mxfp4_that_is_not_whole_is_refused(change: Any, named: str, tmp_path: P
         open_model(tmp_path)
 
 
+@pytest.mark.parametrize(("dtype", "power"), [(torch.float32, 253), (torch.bfloat16, 253), (torch.float16, 141)])
+def test_mxfp4_whose_numbers_a_dtype_cannot_hold_is_refused(
+    dtype: torch.dtype, power: int, tmp_path: Path
+) -> None:
+    """6 times the power of two is infinite; 1 times it is not, nor is 6 times half of it."""
+    name = "model.layers.1.mlp.experts.down_proj"
+
+    def lie(code: int, power: int) -> DecoderModel:
+        def change(tensors: dict[str, Tensor]) -> None:
+            tensors[f"{name}_blocks"][2, 5, 1] = code * 17
+            tensors[f"{name}_scales"][2, 5, 1] = power
+
+        in_mxfp4(tmp_path, change)
+        return open_model(tmp_path, dtype)[0]
+
+    stands = f"{name}_blocks stands for numbers that {str(dtype)[6:]} cannot hold"
+    for code, more in ((7, 0), (15, 0), (7, 1)):
+        with pytest.raises(WrongTensors, match=f"{stands}(.|\n)*hint:"):
+            lie(code, power + more)
+    for code, less in ((7, 1), (2, 0)):
+        model = lie(code, power - less)
+        assert all(bool(parameter.isfinite().all()) for parameter in model.parameters())
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_checkpoints_in_half_precision_are_widened_exactly(dtype: torch.dtype, tmp_path: Path) -> None:
     model = build("llama-tied", tmp_path / "a")

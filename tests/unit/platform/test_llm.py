@@ -385,6 +385,10 @@ def test_what_a_model_cannot_honour_is_refused_and_nothing_is_left(llm: LLM) -> 
         ({"group_size": 48, "quantization": "int4"}, "group_size must be one of 32, 64, 128, not 48"),
         ({"group_size": "32", "quantization": "int4"}, "group_size must be a whole number"),
         ({"activations": "int8"}, "activations is 'int8', and nothing is quantized"),
+        (
+            {"activations": "bf16", "dtype": "bfloat16"},
+            "activations is 'bf16': the checkpoint is in floats",
+        ),
         ({"activations": "int4", "quantization": "int4"}, "activations must be one of auto, int8, fp8, bf16"),
         (
             {"quantization": "int4", "activations": "bf16", "dtype": "float32"},

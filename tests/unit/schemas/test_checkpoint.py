@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ SMALL: dict[str, Any] = {
 GEMMA2 = {"architectures": ["Gemma2ForCausalLM"], "num_key_value_heads": 1}
 GPT_OSS = {"architectures": ["GptOssForCausalLM"], "num_key_value_heads": 1}
 GEMMA3 = {"architectures": ["Gemma3ForCausalLM"], "num_key_value_heads": 1}
+MXFP4: dict[str, Any] = {"quant_method": "mxfp4"}
 FP8: dict[str, Any] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
 MIXTRAL = {"architectures": ["MixtralForCausalLM"], "num_key_value_heads": 2}
 
@@ -314,7 +316,16 @@ def test_kinds_of_layers() -> None:
             },
             ["no sliding window is in use"],
         ),
-        (GEMMA2 | {"sliding_window": None}, ["layer_types: names sliding layers"]),
+        (GEMMA2 | {"sliding_window": None}, ["sliding_window: is null"]),
+        (GPT_OSS | {"sliding_window": None}, ["sliding_window: is null"]),
+        (
+            GEMMA2 | {"sliding_window": None, "layer_types": ["full_attention", "sliding_attention"]},
+            ["layer_types: names sliding layers"],
+        ),
+        (
+            GPT_OSS | {"quantization_config": MXFP4 | {"modules_to_not_convert": [5]}},
+            ["quantization_config.modules_to_not_convert: expected names"],
+        ),
         (GEMMA2 | {"final_logit_softcapping": 0}, ["final_logit_softcapping", "got 0"]),
         (GEMMA2 | {"query_pre_attn_scalar": -1}, ["query_pre_attn_scalar", "got -1"]),
         (GEMMA2 | {"layer_types": ["full_attention"]}, ["layer_types: has 1 entries for 2 layers"]),
@@ -350,6 +361,18 @@ def test_config_values_that_make_no_sense(change: dict[str, Any], words: list[st
         ({"quantization_config": {"quant_method": "mxfp4"}}, ["quantised by mxfp4", "in bfloat16"]),
         (GPT_OSS | {"quantization_config": {"quant_method": "awq"}}, ["quantised by awq"]),
         (GPT_OSS | {"quantization_config": FP8}, ["GptOssForCausalLM in fp8"]),
+        (
+            GPT_OSS | {"quantization_config": MXFP4 | {"dequantize": True}},
+            ["quantization_config.dequantize: True"],
+        ),
+        (GPT_OSS | {"quantization_config": MXFP4 | {"group": 16}}, ["quantization_config.group is not known"]),
+        *(
+            (
+                GPT_OSS | {"quantization_config": MXFP4 | {"modules_to_not_convert": ["lm_head", kept]}},
+                [f"modules_to_not_convert: {kept}: experts in floats"],
+            )
+            for kept in ("model.layers.1", "mlp", "model.layers.*.mlp.experts", "experts")
+        ),
         (GPT_OSS | {"hidden_act": "gelu"}, ["hidden_act: gelu", "silu only"]),
         ({"quantization_config": [1]}, ["quantised by unnamed"]),
         ({"quantization_config": {"quant_method": "fp8"}}, ["weight_block_size: None"]),
@@ -383,6 +406,17 @@ def test_known_architectures_with_unknown_features(change: dict[str, Any], words
         profile_from_config(SMALL | change)
 
 
+def test_a_gpt_oss_as_it_is_published_keeps_what_is_in_floats_anyway() -> None:
+    kept = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+    shape = SMALL | GPT_OSS | {"hidden_size": 32, "intermediate_size": 64}
+    full = MXFP4 | {"modules_to_not_convert": kept, "dequantize": False}
+    profile = profile_from_config(shape | {"quantization_config": full})
+    assert replace(profile, raw={}) == replace(profile_from_config(shape | {"quantization_config": MXFP4}), raw={})
+    assert profile.experts is not None
+    assert profile.experts.packed
+    assert profile.weight_bytes < profile_from_config(shape).weight_bytes
+
+
 def test_what_a_checkpoint_in_fp8_takes_is_known_from_its_config() -> None:
     """As it is published, before the weights are there."""
     full = FP8 | {
@@ -409,7 +443,7 @@ def test_modules_that_are_kept_have_two_spellings_that_may_not_differ() -> None:
     names = ["lm_head", "mlp.down_proj"]
     for keys in (["modules_to_not_convert"], ["ignored_layers"], ["modules_to_not_convert", "ignored_layers"]):
         found = profile_from_config(SMALL | {"quantization_config": FP8 | dict.fromkeys(keys, names)})
-        assert found.fp8 == Fp8Profile(tuple(names))
+        assert found.fp8 == Fp8Profile(frozenset(names))
     both = {"modules_to_not_convert": names, "ignored_layers": ["lm_head"]}
     with refused(InvalidConfig, "ignored_layers: has other names"):
         profile_from_config(SMALL | {"quantization_config": FP8 | both})

@@ -238,6 +238,18 @@ def test_row_17_one_run_reports_all_mistakes_of_all_files() -> None:
         ("quantization: {method: int8, groupSize: 32}", 6, 32, "spec.quantization.groupSize", "each output", ""),
         ("quantization: {activations: int8}", 6, 18, "spec.quantization.activations", "method none", "int8"),
         (
+            "quantization: {activations: bf16}\nengine: {device: cpu}",
+            *(6, 18, "spec.quantization.activations", "method none on a CPU", "int8"),
+        ),
+        (
+            "quantization: {activations: bf16}\nengine: {runner: scripted}",
+            *(6, 18, "spec.quantization.activations", "method none", "remove activations"),
+        ),
+        (
+            "quantization: {activations: bf16}\nengine: {dtype: float16}",
+            *(6, 31, "spec.quantization.activations", "are float16, by engine.dtype", "activations: auto"),
+        ),
+        (
             "quantization: {method: int4}\nengine: {runner: scripted}",
             *(6, 26, "spec.quantization.method", "no weights", "runner"),
         ),
@@ -363,6 +375,8 @@ def test_what_is_not_honoured_is_refused_by_name(body: str) -> None:
         "engine: {kvCache: {dtype: bfloat16, swapSpace: 0Gi}, extraArgs: [], runner: model}",
         "parallelism: {tensor: 1, pipeline: 1, data: 1, expert: false}",
         "quantization: {method: none, format: auto, activations: auto}",
+        "quantization: {activations: bf16}",
+        "quantization: {method: none, activations: fp8}\nengine: {device: cuda}",
         "quantization: {method: int8, activations: int8}",
         "quantization: {method: int8, activations: bf16}\nengine: {device: cpu, dtype: bfloat16}",
         "quantization: {method: int4, groupSize: 128, activations: bf16}",

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 from tests.unit.schemas.test_sizing import LLAMA_8B, QWEN_HALF_B, ask, gpu, offers
 
-from quire_schemas.checkpoint import ModelProfile, profile_from_config
+from quire_schemas.checkpoint import ModelProfile, expected_tensors, profile_from_config
 from quire_schemas.fp8 import Fp8Profile
 from quire_schemas.quantization import FLOATS, GROUP_SIZES, Unquantizable, resolve
 from quire_schemas.sizing import GIB, activation_bytes, fit, weight_bytes
@@ -17,6 +17,9 @@ from quire_schemas.wire import Quantization
 
 ODD = replace(QWEN_HALF_B, intermediate_size=4864 + 32)
 """Of which groups of 64 do not fit one weight; groups of 128 do not fit 896 either."""
+
+MIXTRAL = profile_from_config({"architectures": ["MixtralForCausalLM"], "num_hidden_layers": 2})
+GPT_OSS = profile_from_config({"architectures": ["GptOssForCausalLM"], "num_hidden_layers": 2})
 
 
 def section(method: str, activations: str = "auto", groups: int | None = None) -> dict[str, Any]:
@@ -89,7 +92,7 @@ INT8 = Quantization("int8")
 
 
 def in_fp8(profile: ModelProfile, *kept: str) -> ModelProfile:
-    return replace(profile, fp8=Fp8Profile(kept))
+    return replace(profile, fp8=Fp8Profile(frozenset(kept)))
 
 
 @pytest.mark.parametrize("declared", [section("none"), section("fp8"), section("fp8", "fp8")])
@@ -118,6 +121,26 @@ def test_a_checkpoint_in_fp8_is_widened_on_a_cpu_unless_it_is_made_integers() ->
     [
         (section("fp8"), LLAMA_8B, "bfloat16", "cpu", "method", "on a GPU alone", "method: int8"),
         (section("fp8"), in_fp8(LLAMA_8B), "bfloat16", "cpu", "method", "on a GPU alone", "method: none, which"),
+        (section("fp8"), MIXTRAL, "bfloat16", "cuda", "method", "have no products in fp8", "declare method: none"),
+        (
+            section("fp8"),
+            MIXTRAL,
+            "bfloat16",
+            "cpu",
+            "method",
+            "on a GPU alone",
+            "declare method: none, or method",
+        ),
+        (
+            section("int8"),
+            MIXTRAL,
+            "bfloat16",
+            "cuda",
+            "method",
+            "CPU alone",
+            "engine.device: cpu, or method: none",
+        ),
+        (section("none", "int8"), in_fp8(LLAMA_8B), "bfloat16", "cuda", "activations", "do not meet int8", "bf16"),
         (section("fp8", "int8"), LLAMA_8B, "bfloat16", "cuda", "activations", "do not meet int8", "auto, or bf16"),
         (section("int8", "fp8"), LLAMA_8B, "bfloat16", "cuda", "activations", "do not meet fp8", "auto, or bf16"),
         (section("fp8", "bf16"), LLAMA_8B, "float16", "cuda", "activations", "are float16", "bfloat16"),
@@ -141,6 +164,99 @@ def test_fp8_that_cannot_be_is_refused_by_name(
         resolve(declared, profile, dtype=dtype, device=device)
     assert refused.value.field == field
     assert hint in refused.value.hint
+
+
+@pytest.mark.parametrize("activations", ["bf16", "fp8"])
+def test_activations_without_a_method_are_those_of_a_checkpoint_in_fp8(activations: Any) -> None:
+    """As ADR 0044 has it: who wants inputs as they are says so."""
+    declared = section("none", activations)
+    found = resolve(declared, in_fp8(LLAMA_8B), dtype="bfloat16", device="cuda")
+    assert found == Quantization("fp8", activations)
+    for profile, device, words in (
+        (LLAMA_8B, "cuda", "nothing of it is quantized"),
+        (LLAMA_8B, "cpu", "nothing of it is quantized"),
+        (MIXTRAL, "cuda", "nothing of it is quantized"),
+        (in_fp8(LLAMA_8B), "cpu", "in fp8 are widened on a CPU"),
+    ):
+        with pytest.raises(Unquantizable, match=words) as refused:
+            resolve(declared, profile, dtype="bfloat16", device=device)  # type: ignore[arg-type]
+        assert refused.value.field == "activations"
+        taken(refused.value.hint, declared, profile, device)
+
+
+def taken(hint: str, declared: dict[str, Any], profile: ModelProfile, device: Any) -> None:
+    """Does what each alternative of a hint says; nothing may be refused then."""
+    assert hint.startswith("declare ")
+    for offer in hint.removeprefix("declare ").replace(", which widens them", "").split(", or "):
+        changed, where = dict(declared), device
+        for part in offer.split(" and "):
+            key, value = part.split(": ")
+            where = value if key == "engine.device" else where
+            changed |= {} if key == "engine.device" else {key: value}
+        resolve(changed, profile, dtype="bfloat16", device=where)
+
+
+HALF = "layers.1.self_attn.k_proj"
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("method", ["none", "int8", "int4", "fp8"])
+@pytest.mark.parametrize(
+    "profile",
+    [LLAMA_8B, in_fp8(LLAMA_8B, HALF), MIXTRAL, in_fp8(MIXTRAL), in_fp8(MIXTRAL, HALF), GPT_OSS],
+    ids=["dense", "half in fp8", "experts", "experts in fp8", "experts half in fp8", "gpt-oss"],
+)
+def test_no_hint_leads_into_the_next_refusal(profile: ModelProfile, method: str, device: Any) -> None:
+    declared = section(method)
+    try:
+        resolve(declared, profile, dtype="bfloat16", device=device)
+    except Unquantizable as refused:
+        taken(refused.hint, declared, profile, device)
+
+
+def test_what_is_widened_is_said_of_either_format() -> None:
+    packed = profile_from_config({**GPT_OSS.raw, "quantization_config": {"quant_method": "mxfp4"}})
+    for device, request in (("a CPU", ask(max_model_len=64)), ("a GPU", gpu(80, max_model_len=64))):
+        said = f"experts in MXFP4 are widened to bfloat16, for nothing on {device} multiplies them"
+        assert said in "".join(fit(packed, request).lines())
+        assert "widened" not in "".join(fit(GPT_OSS, request).lines())
+    coded = fit(in_fp8(MIXTRAL), gpu(80, quantization=Quantization("fp8", "fp8")))
+    assert "experts in fp8 are widened to bfloat16" in "".join(coded.lines())
+
+
+class Counting(Fp8Profile):
+    """Knows how often it was asked."""
+
+    asked = 0
+
+    def holds(self, name: str, shape: tuple[int, ...]) -> bool:
+        type(self).asked += 1
+        return super().holds(name, shape)
+
+
+class Looked(frozenset[str]):
+    """Names that are looked up, and gone through by nobody."""
+
+    def __iter__(self) -> Any:
+        raise AssertionError("went through all names")
+
+
+def test_experts_in_fp8_that_do_not_fit_are_counted_once() -> None:
+    """A fit tries many contexts, and none changes what a weight is: this runs where requests of everybody wait."""
+    shape = {"num_hidden_layers": 6, "num_experts": 16, "hidden_size": 4096, "moe_intermediate_size": 16_384}
+    plain = profile_from_config({"architectures": ["Qwen3MoeForCausalLM"], **shape})
+    kept = Looked({"lm_head", *(f"model.layers.{layer}.mlp.gate" for layer in range(6)), "layers.3.self_attn"})
+    profile, tensors = replace(plain, fp8=Counting(kept)), [name for name, _ in expected_tensors(plain)]
+    Counting.asked = 0
+    quantization = resolve(section("none"), replace(plain, fp8=Counting(kept)), dtype="bfloat16", device="cuda")
+    report = fit(profile, gpu(24, quantization=quantization))
+    assert not report.fits
+    assert report.counter_offers
+    dense = sum(".experts." not in name for name in tensors)
+    assert len(tensors) > 4 * dense
+    assert Counting.asked <= 4 * dense
+    assert not profile.fp8.holds("model.layers.3.self_attn.q_proj.weight", (4, 4))  # type: ignore[union-attr]
+    assert profile.fp8.holds("model.layers.2.self_attn.q_proj.weight", (4, 4))  # type: ignore[union-attr]
 
 
 def test_bytes_of_fp8() -> None:

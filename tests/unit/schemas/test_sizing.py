@@ -380,6 +380,19 @@ def test_activations_grow_with_every_dimension() -> None:
 # ── layers in groups ──────────────────────────────────────────────────────────────────────────────────────
 
 
+def test_scores_of_sinks_are_those_of_the_heads_that_are_taken_together() -> None:
+    """Of 131,072 keys that is one key head of eight, with its eight heads: 16 rows of scores three times over, the
+    keys once for each of them, and what is gathered whatever heads have."""
+    shape = {"num_hidden_layers": 24, "num_local_experts": 32}
+    profile = profile_from_config({"architectures": ["GptOssForCausalLM"], **shape})
+    without = replace(profile, sinks=False)
+    plain = activation_bytes(without, "bfloat16", 64, 1, 131_072)
+    assert activation_bytes(profile, "bfloat16", 64, 1, 131_072) - plain == (131_072 + 64) * 8 * (3 * 16 + 64) * 4
+    plain = activation_bytes(without, "bfloat16", 64, 1, 4096)
+    many = activation_bytes(profile, "bfloat16", 64, 1, 4096) - plain
+    assert many == (4096 + 64) * 64 * (3 * 16 + 64) * 4, "of a shorter one all heads are"
+
+
 def of_kinds(kinds: str, window: int = 64) -> ModelProfile:
     """A model with a layer for each letter: f sees everything, s a window."""
     layer_kinds: tuple[LayerKind, ...] = tuple("full" if kind == "f" else "sliding" for kind in kinds)
