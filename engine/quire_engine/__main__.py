@@ -24,6 +24,8 @@ async def _run(path: Path, status: Status) -> int:
     code = await server.run()
     if not server.stop_driver():
         # a thread inside a step or a read cannot be ended, and the interpreter must not be taken from under it
+        if (tilings := sys.modules.get("quire_kernels.tilings")) is not None:  # else nothing is measured
+            tilings.take_back()
         logging.shutdown()
         os._exit(code)
     return code

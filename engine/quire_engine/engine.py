@@ -211,6 +211,7 @@ class Engine:
             max_model_len=spec.max_model_len,
             captures=device.type == "cuda" and not spec.enforce_eager,
         )
+        resident.take_tilings()
         return cls(spec, profile, resident, backend=backend, background=partial(Pipeline, resident))
 
     @classmethod

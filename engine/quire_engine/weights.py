@@ -37,6 +37,10 @@ _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 class TensorSource(Protocol):
     """Where a model's parameters come from, by the names that its checkpoint has for them."""
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of parameters which ask for no other, and of activations."""
+
     def tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """One tensor as a parameter of its own, in the dtype of all others or another one."""
 

@@ -10,10 +10,16 @@ it does until `tune` was called, which is before anything is captured, and never
 `tune` takes from disk (`quire_kernels.tilings`) what is decided, and measures the rest as far as its time lasts:
 all candidates are compiled first, on several processors, for that is what takes the time. Then those of one family
 are timed in turns, so that what else goes on strikes all of them, and one is taken if it beats the default by more
-than the noise. One process does so at a time; the others wait, and take what it found. Families that no time was
-left for are decided as well, for their default: who starts later must not launch something else.
+than the noise. One process does so at a time on cards of one kind; the others wait, and take what it found.
+Families that no time was left for are decided as well, for their default, and so are those of somebody who waited
+in vain: who starts later must not launch something else. The first decision holds, also for who found another.
 
 Nothing is chosen that cannot be kept, for the same reason.
+
+What is launched to be timed may end the process. So each family is noted before, and no more when control comes
+back, be it by an exception. One that a process died with is compiled by itself the next time, not ahead with all
+the others, of which each may have been the reason; one that two died with has its default. A device that is lost
+counts as a death, for a process can do no more with it.
 
 No Triton here, and nothing of a device but how `tune` says which.
 """
@@ -31,7 +37,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from quire_kernels import cache
 from quire_kernels.errors import KernelError
 from quire_kernels.tilings import Entry, Record, Spelled, folder
 
@@ -55,7 +60,7 @@ _PATIENCE = 3
 """Times as long as measuring may take somebody waits for another who measures: what has begun ends behind its
 time, and there may be a third one."""
 _TRIES = 2
-"""Times that measuring may end with the process."""
+"""Times that a process may die while it measures a family."""
 
 
 class Family(NamedTuple):
@@ -93,6 +98,10 @@ class Choices:
 
     def take(self, family: Family, tiling: Any) -> None:
         self._found[family] = tiling
+
+    def leave(self, family: Family) -> None:
+        """To its default."""
+        self._found.pop(family, None)
 
     def __len__(self) -> int:
         return len(self._found)
@@ -208,10 +217,12 @@ def tune(
     seconds: float,
     timer: Timer | None,
     compile_ahead: Ahead | None = None,
+    unfit: tuple[type[Exception], ...] = (RuntimeError,),
 ) -> Report:
     """Fills `choices` with what is known of the families of `trials`, and measures what is not for `seconds` at
     most; without a `timer` nothing is. Trials come in the order of their weight. `records` gives the file of a
-    kernel. Raises `torch.AcceleratorError`.
+    kernel, all of one card. `unfit` is what launches raise of a candidate that does not fit it. Raises
+    `torch.AcceleratorError`.
     """
     cases: dict[Family, list[Trial]] = {}
     for trial in trials:
@@ -227,20 +238,22 @@ def tune(
         return report
     report.known = len(cases) - len(unknown)
     if timer is None:
-        report.why_not = "nothing is timed where nothing is captured"
+        report.why_not = "only a warm-up that captures times them"
     elif unknown:
-        with cache.alone(folder(), _PATIENCE * seconds) as mine:
-            unknown = _take(unknown, choices, records)  # somebody else may have measured meanwhile
-            if unknown and mine:
-                try:
-                    unknown = _measure(unknown, choices, records, report, seconds, timer, compile_ahead)
-                except OSError as error:
-                    report.why_not = f"{folder()} cannot be written: {error.strerror or error}"
+        try:
+            with records(next(iter(unknown)).file).alone(_PATIENCE * seconds) as mine:
+                unknown = _take(unknown, choices, records)  # somebody else may have measured meanwhile
+                if unknown and not mine:
+                    report.why_not = f"another process measures, or nothing can be locked beside {folder()}"
                     log.warning("tilings are not measured: %s", report.why_not)
-                    unknown = _take(unknown, choices, records)
-            elif unknown:
-                report.why_not = f"another process measures, or {folder()} cannot be locked"
-                log.warning("tilings are not measured: %s", report.why_not)
+                    unknown = _settle(dict.fromkeys(unknown), unknown, choices, records)
+                elif unknown:
+                    work = _Measuring(records, report, timer, compile_ahead, unfit)
+                    unknown = _settle(work.decide(unknown, seconds), unknown, choices, records)
+        except OSError as error:
+            report.why_not = f"{folder()} cannot be written: {error.strerror or error}"
+            log.warning("tilings are the default where none is known: %s", report.why_not)
+            unknown = _take(unknown, choices, records)
     report.left = [family.name for family in unknown]
     report.seconds = time.monotonic() - began
     return report
@@ -257,6 +270,8 @@ def _take(
             files[family.file] = records(family.file).read()
         entry = files[family.file].get(family.name)
         at = None if entry is None else known_as(trials[0].candidates, entry.tiling)
+        if not at:
+            choices.leave(family)
         if at is None:
             unknown[family] = trials
             if entry is not None:
@@ -267,60 +282,135 @@ def _take(
     return unknown
 
 
-def _measure(
+def _settle(
+    found: Mapping[Family, Entry | None],
     cases: Mapping[Family, list[Trial]],
     choices: Choices,
     records: Callable[[str], Record],
-    report: Report,
-    seconds: float,
-    timer: Timer,
-    compile_ahead: Ahead | None,
 ) -> dict[Family, list[Trial]]:
-    """Measures and writes down; gives the families that there was no time for. Raises `OSError`."""
-    began, until = time.monotonic(), time.monotonic() + seconds
-    kernels = list(dict.fromkeys(family.file for family in cases))
-    # written before anything is launched: one that ends this process does not end the next ones, too
-    tries = max(records(kernel).attempt() for kernel in kernels)
-    if tries > _TRIES:
-        log.warning("measuring tilings did not come to its end %d times: the defaults are taken", tries - 1)
-        report.why_not, until = f"measuring did not come to its end {tries - 1} times", began
-    if compile_ahead is not None:
-        compile_ahead(_ahead(cases), began + (until - began) * _COMPILING)
-    found: dict[str, dict[str, Entry]] = {kernel: {} for kernel in kernels}
-    left = dict[Family, list[Trial]]()
-    for family, trials in cases.items():
-        entry = _entry_of(trials, report, until, timer)
-        if not entry.tried:
-            left[family] = trials
-        found[family.file][family.name] = entry
-    for kernel, entries in found.items():
-        records(kernel).add(entries)
+    """Writes down what was decided, None: for the default unmeasured, and takes what holds then; gives the
+    families that nothing was measured of. Raises `OSError`."""
+    entries: dict[str, dict[str, Entry]] = {}
+    for family, entry in found.items():
+        default = Entry(spelled(cases[family][0].candidates[0]), 0.0, 0.0, 0)
+        entries.setdefault(family.file, {})[family.name] = entry or default
+    usable = {family.name: trials[0].candidates for family, trials in cases.items()}
+    for kernel, mine in entries.items():
+        # what names no candidate is no decision
+        there = records(kernel).read()
+        void = {
+            name: there[name] for name in mine.keys() & there if known_as(usable[name], there[name].tiling) is None
+        }
+        records(kernel).add(mine, void)
     _take(cases, choices, records)
-    return left
+    return {family: cases[family] for family, entry in found.items() if entry is None}
 
 
-def _entry_of(trials: Sequence[Trial], report: Report, until: float, timer: Timer) -> Entry:
-    """The decision about one family."""
-    family, candidates = trials[0].family, trials[0].candidates
-    default = spelled(candidates[0])
-    turns = list(trials[: min(_TURNS[1], -(-COLD_BYTES // max(trials[0].nbytes, 1)))])
-    turns *= -(-_TURNS[0] // len(turns))
-    timers = dict[int, Callable[[], float]]()
-    given: Any = None
-    for at, tiling in enumerate(candidates):
-        if time.monotonic() >= until:
-            return Entry(default, 0.0, 0.0, 0)
-        with _told(report, f"{family.name} {spelled(tiling)}"):
-            given = trials[0].given() if given is None else given
-            timers[at] = timer([_bound(trial, given, tiling) for trial in turns])
-    if 0 not in timers:
-        return Entry(default, 0.0, 0.0, 0)
-    verdict = choose(timers, more=lambda: time.monotonic() < until)
-    if not verdict.seconds:
-        return Entry(default, 0.0, 0.0, 0)
-    taken, seconds = candidates[verdict.at], verdict.seconds
-    report.measured.append((family.name, candidates[0], taken, seconds[0], seconds[verdict.at]))
-    return Entry(spelled(taken), _us(seconds[verdict.at]), _us(seconds[0]), len(timers))
+@dataclass(slots=True, frozen=True)
+class _Measuring:
+    """Who measures."""
+
+    records: Callable[[str], Record]
+    report: Report
+    timer: Timer
+    compile_ahead: Ahead | None
+    unfit: tuple[type[Exception], ...]
+
+    def decide(self, cases: Mapping[Family, list[Trial]], seconds: float) -> dict[Family, Entry | None]:
+        """Of each family what was found; None: there was no time, or processes died of it. Raises `OSError`."""
+        began, until = time.monotonic(), time.monotonic() + seconds
+        noted = {kernel: self.records(kernel).attempts() for kernel in {family.file for family in cases}}
+        deaths = {family: noted[family.file].get(family.name, 0) for family in cases}
+        if self.compile_ahead is not None:
+            alive = {family: trials for family, trials in cases.items() if not deaths[family]}
+            with self._noted(alive):
+                self.compile_ahead(self._ahead(alive), began + seconds * _COMPILING)
+        found = dict[Family, Entry | None]()
+        for family, trials in cases.items():
+            found[family] = None
+            if deaths[family] >= _TRIES:
+                self.report.why_not = f"measuring did not come to its end {deaths[family]} times"
+                log.warning("%s: the default is taken of %s", self.report.why_not, family.name)
+            elif time.monotonic() < until:
+                with self._noted([family]):
+                    found[family] = self._entry_of(trials, until)
+        return found
+
+    @contextlib.contextmanager
+    def _noted(self, families: Iterable[Family]) -> Iterator[None]:
+        """What a process that dies meanwhile has died of. Raises `OSError`."""
+        names: dict[str, list[str]] = {}
+        for family in families:
+            names.setdefault(family.file, []).append(family.name)
+        begun, ended = list[tuple[Record, list[str]]](), False
+        try:
+            for kernel, mine in names.items():
+                self.records(kernel).attempt(mine)
+                begun.append((self.records(kernel), mine))
+            yield
+        except torch.AcceleratorError:
+            ended = True
+            raise
+        finally:
+            for record, mine in begun:
+                record.attempted(mine, ended=ended)
+
+    def _entry_of(self, trials: Sequence[Trial], until: float) -> Entry | None:
+        """The decision about one family."""
+        family, candidates = trials[0].family, trials[0].candidates
+        turns = list(trials[: min(_TURNS[1], -(-COLD_BYTES // max(trials[0].nbytes, 1)))])
+        turns *= -(-_TURNS[0] // len(turns))
+        timers = dict[int, Callable[[], float]]()
+        given: Any = None
+        for at, tiling in enumerate(candidates):
+            if time.monotonic() >= until:
+                return None
+            with self._told(family, tiling):
+                given = trials[0].given() if given is None else given
+                timers[at] = self.timer([_bound(trial, given, tiling) for trial in turns])
+        if 0 not in timers:
+            return None
+        verdict = choose(timers, more=lambda: time.monotonic() < until)
+        if not verdict.seconds:
+            return None
+        taken, seconds = candidates[verdict.at], verdict.seconds
+        self.report.measured.append((family.name, candidates[0], taken, seconds[0], seconds[verdict.at]))
+        return Entry(spelled(taken), _us(seconds[verdict.at]), _us(seconds[0]), len(timers))
+
+    def _ahead(self, cases: Mapping[Family, list[Trial]]) -> Iterator[Callable[[], object]]:
+        """Launches that need all the code that there will be, on the least that there is for each candidate."""
+        wanted: dict[Hashable, tuple[Trial, Any]] = {}
+        for family, (trial, *_) in cases.items():
+            for tiling in trial.candidates:
+                # of a number of rows the code knows whether it is a multiple of 16
+                key = family.kernel, family.facts, tiling, family.rung % 16 == 0
+                if key not in wanted or family.rung < wanted[key][0].family.rung:
+                    wanted[key] = trial, tiling
+
+        def launch(trial: Trial, tiling: Any) -> None:
+            with self._told(trial.family, tiling):
+                trial.launch(trial.given(), tiling)
+
+        for trial, tiling in wanted.values():
+            yield functools.partial(launch, trial, tiling)
+
+    @contextlib.contextmanager
+    def _told(self, family: Family, tiling: Any) -> Iterator[None]:
+        """A candidate that cannot be compiled, launched or held in memory is left out by name; what is wrong with
+        a default the engine's own steps will say. What nobody expects is left out, too, for it must not keep an
+        engine from serving, and told of in full. A device that is lost is lost."""
+        try:
+            yield
+        except torch.AcceleratorError:
+            raise
+        except Exception as error:  # the compiler, the driver and torch each have their own
+            name = f"{family.name} {spelled(tiling)}"
+            said = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+            self.report.skipped[name] = said
+            if isinstance(error, self.unfit):
+                log.info("no candidate here: %s: %s", name, said)
+            else:
+                log.warning("a defect in what is timed: %s: %s", name, said, exc_info=error)
 
 
 def _us(seconds: float) -> float:
@@ -329,30 +419,3 @@ def _us(seconds: float) -> float:
 
 def _bound(trial: Trial, given: Any, tiling: Any) -> Callable[[], object]:
     return lambda: trial.launch(given, tiling)
-
-
-def _ahead(cases: Mapping[Family, list[Trial]]) -> Iterator[Callable[[], object]]:
-    """Launches that need all the code that there will be, on the least that there is for each candidate."""
-    wanted: dict[Hashable, tuple[Trial, Any]] = {}
-    for family, (trial, *_) in cases.items():
-        for tiling in trial.candidates:
-            # of a number of rows the code knows whether it is a multiple of 16
-            key = family.kernel, family.facts, tiling, family.rung % 16 == 0
-            if key not in wanted or family.rung < wanted[key][0].family.rung:
-                wanted[key] = trial, tiling
-    for trial, tiling in wanted.values():
-        yield lambda trial=trial, tiling=tiling: trial.launch(trial.given(), tiling)  # type: ignore[misc]
-
-
-@contextlib.contextmanager
-def _told(report: Report, name: str) -> Iterator[None]:
-    """A candidate that cannot be compiled, launched or held in memory is left out by name; what is wrong with a
-    default the engine's own steps will say. A device that is lost is lost."""
-    try:
-        yield
-    except torch.AcceleratorError:
-        raise
-    except Exception as error:  # noqa: BLE001 - the compiler, the driver and torch each have their own
-        said = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
-        report.skipped[name] = said
-        log.info("no candidate here: %s: %s", name, said)

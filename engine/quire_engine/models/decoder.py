@@ -119,9 +119,12 @@ class DecoderModel:
         head: Product,
         rotaries: Sequence[Rotary],
         kernels: Kernels,
+        dtype: torch.dtype,
         company: Company | None = None,
     ) -> None:
         self.profile = profile
+        self.dtype = dtype
+        """Of activations: a parameter may have another one."""
         self._company = company
         self._embedding = embedding
         self._layers = layers
@@ -221,6 +224,7 @@ class DecoderModel:
             head=method.product("model.embed_tokens.weight" if tied else "lm_head.weight"),
             rotaries=[Rotary(rope, profile.head_dim, device, kernels) for rope in ropes],
             kernels=kernels,
+            dtype=weights.dtype,
             company=company,
         )
 
@@ -232,11 +236,6 @@ class DecoderModel:
             yield from layer.parameters()
         yield self._norm.weight
         yield from self._head.parameters()
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of activations."""
-        return self._norm.weight.dtype
 
     @property
     def bytes(self) -> int:

@@ -125,7 +125,7 @@ class ResidentRunner:
     @torch.inference_mode()
     def warm_up(self, seconds: float) -> None:
         """See `Runner`: choose tilings, capture programs, compile and load what launched steps need besides."""
-        self._tune()
+        self._tune(self.program.stream)
         if not self._captures:
             return
         # for other numbers of sequences the attention kernel is another one
@@ -149,15 +149,21 @@ class ResidentRunner:
             tokens=self._max_num_batched_tokens,
             longest=self._max_model_len,
             softcap=profile.attention_softcap,
+            sinks=profile.sinks,
             chosen=0 if profile.experts is None else profile.experts.num_experts_per_tok,
         )
 
-    def _tune(self) -> None:
+    @torch.inference_mode()
+    def take_tilings(self) -> None:
+        """Launch steps with the tilings that are known on this machine. Nothing is measured, or decided."""
+        self._tune(None)
+
+    def _tune(self, stream: torch.cuda.Stream | None) -> None:
         """From now on steps are launched with the same tilings, and by the next engine like this, too."""
         kernels = self._model.kernels
         if not isinstance(kernels, TritonKernels):
             return
-        self.tuned = kernels.tune(self.served, TUNING_SECONDS, self.program.stream)
+        self.tuned = kernels.tune(self.served, TUNING_SECONDS, stream)
         for name, default, taken, before, after in self.tuned.measured:
             if taken != default:
                 log.info("tiling of %s: %s, %.1f us for %.1f", name, tuple(taken), after * 1e6, before * 1e6)

@@ -33,7 +33,7 @@ from quire_kernels.triton.product import TritonProduct
 from quire_kernels.triton.quantized import Room, TritonQuantizedProduct
 from quire_kernels.triton.rounding import Rounding
 from quire_kernels.triton.scaled import TritonScaledProduct
-from quire_kernels.triton.timing import Replays, compile_ahead, records_of
+from quire_kernels.triton.timing import UNFIT, Replays, compile_ahead, records_of
 from quire_kernels.tuning import Report, Trial, tune
 
 if TYPE_CHECKING:
@@ -70,6 +70,8 @@ class Served:
     """Experts of a token."""
     softcap: float | None = None
     """Of attention."""
+    sinks: bool = False
+    """Whether its heads have some."""
 
 
 class TritonKernels:
@@ -196,6 +198,7 @@ class TritonKernels:
                 sequences=served.sequences,
                 tokens=served.tokens,
                 longest=served.longest,
+                sinks=served.sinks,
             )
         most = max(served.sequences, served.tokens)
         for reference in self._made:
@@ -213,29 +216,34 @@ class TritonKernels:
     def tune(self, served: Served, seconds: float, stream: torch.cuda.Stream | None) -> Report:
         """Takes for `served` the tilings that were found fastest on this machine, and finds those that were not
         yet, as far as `seconds` last: see `tuning`. `stream` is that of captures; without one nothing is found.
-        Called once, before the first step. Holds no more memory than the widest step meanwhile, and reads the
-        cache.
+        Called before the first step. Holds no more memory than the widest step meanwhile, and reads the cache.
         """
-        if INTERPRETED:
-            return Report()
-        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-        card: dict[str, str | int] = {
-            "card": properties.name,
-            "capability": f"{properties.major}.{properties.minor}",
-            "multiprocessors": self._chip.multiprocessors,
-            "shared": self._chip.shared_bytes,
-        }
         report = tune(
             self.trials(served),
             self._chip.choices,
-            records_of(card),
+            records_of(self.card),
             seconds=seconds,
             timer=None if stream is None else Replays(stream),
             compile_ahead=compile_ahead,
+            unfit=UNFIT,
         )
         if report.measured:
             torch.cuda.empty_cache()  # of pools that are gone
         return report
+
+    @property
+    def card(self) -> dict[str, str | int]:
+        """What tilings that are kept hold for, besides a kernel and versions."""
+        name, capability = "interpreter", ""
+        if not INTERPRETED:
+            properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+            name, capability = properties.name, f"{properties.major}.{properties.minor}"
+        return {
+            "card": name,
+            "capability": capability,
+            "multiprocessors": self._chip.multiprocessors,
+            "shared": self._chip.shared_bytes,
+        }
 
     def _with_tilings(self, made: _Made) -> _Made:
         self._made.append(weakref.ref(made))

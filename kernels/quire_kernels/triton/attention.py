@@ -535,7 +535,7 @@ class StepAttention:
         rows = sequences * kv_heads
         tuning = decode_tuning(self._chip, rows, shape["D"], cache.dtype)
         splits = num_splits(self._chip.multiprocessors, rows, batch.longest)
-        facts = self.facts(query, cache)
+        facts = self.facts(query, cache, sinks is not None)
         found = self._chip.choices.get("attention.decode", facts, rung_of(self._chip.multiprocessors, rows))
         if found is not None:
             tuning, splits = found.tuning, min(splits, found.splits)
@@ -575,7 +575,7 @@ class StepAttention:
         batch, shape = self._batch, _shape(query, cache)
         sequences = len(batch.query_lens)
         tuning = prefill_tuning(self._chip, shape["D"], query.dtype, cache.dtype)
-        found = self._chip.choices.get("attention.prompts", self.facts(query, cache), 0)
+        found = self._chip.choices.get("attention.prompts", self.facts(query, cache, sinks is not None), 0)
         if found is not None:
             tuning = found.tuning
         members = triton.next_power_of_2(shape["G"])
@@ -608,12 +608,12 @@ class StepAttention:
             **dependent(),
         )
 
-    def facts(self, query: Tensor, cache: Tensor) -> tuple[str | int, ...]:
+    def facts(self, query: Tensor, cache: Tensor, sinks: bool) -> tuple[str | int, ...]:
         """What cuts depend on, besides how many there are."""
         block_size, kv_heads, (_, heads, head_dim) = cache.shape[2], cache.shape[3], query.shape
         number, kept = named(query.dtype), named(cache.dtype)
-        capped = "plain" if self._softcap is None else "capped"
-        return number, kept, kv_heads, heads // kv_heads, head_dim, block_size, self._window, capped
+        scores = "-".join(["capped"] * (self._softcap is not None) + ["sinks"] * sinks) or "plain"
+        return number, kept, kv_heads, heads // kv_heads, head_dim, block_size, self._window, scores
 
 
 def rungs(multiprocessors: int) -> tuple[int, ...]:

@@ -101,17 +101,19 @@ def trials(
     sequences: int,
     tokens: int,
     longest: int,
+    sinks: bool = False,
 ) -> Iterator[Trial]:
     """Of layers whose keys and values are `caches`, [2, N, P, K, any], for up to so many sequences, and tokens of
     a step: sequences of `_TRIED_TOKENS` tokens, or as many as there are. What lies in the caches is only read.
-    `prepare` is the attention of a step on such layers, `query` [0, H, D] one of no tokens.
+    `prepare` is the attention of a step on such layers, `query` [0, H, D] one of no tokens; `sinks`: heads have
+    some.
     """
     _, blocks, block_size, kv_heads, _ = caches[0].shape
     head_dim, kept = query.shape[2], caches[0].dtype
-    facts = prepare(_step(caches[0], [], 0), chip).facts(query, caches[0])
+    facts = prepare(_step(caches[0], [], 0), chip).facts(query, caches[0], sinks)
 
     def each(kernel: str, rung: int, counts: list[int], held: int, cuts: tuple[Cut, ...]) -> Iterator[Trial]:
-        family, given = Family(kernel, facts, rung), partial(_given, caches[0], query, counts, held)
+        family, given = Family(kernel, facts, rung), partial(_given, caches[0], query, counts, held, sinks)
         for cache in caches:
             nbytes = len(counts) * held * cache[:, 0].nbytes
             yield Trial(family, cuts, given, partial(_launch, chip, prepare, cache, family), nbytes)
@@ -143,8 +145,13 @@ def _step(cache: Tensor, counts: Sequence[int], held: int) -> PagedBatch:
     return replace(batch, table_rows=torch.arange(len(counts), dtype=torch.int32, device=cache.device))
 
 
-def _given(cache: Tensor, query: Tensor, counts: Sequence[int], held: int) -> tuple[PagedBatch, Tensor]:
-    return _step(cache, counts, held), query.new_zeros((sum(counts), *query.shape[1:]))
+_Given = tuple[PagedBatch, Tensor, Tensor | None]
+"""A step, its queries, and what sinks its heads have."""
+
+
+def _given(cache: Tensor, query: Tensor, counts: Sequence[int], held: int, sinks: bool) -> _Given:
+    some = query.new_zeros(query.shape[1], dtype=torch.float32) if sinks else None
+    return _step(cache, counts, held), query.new_zeros((sum(counts), *query.shape[1:])), some
 
 
 def _launch(
@@ -152,9 +159,9 @@ def _launch(
     prepare: Callable[[PagedBatch, Chip], StepAttention],
     cache: Tensor,
     family: Family,
-    given: tuple[PagedBatch, Tensor],
+    given: _Given,
     cut: Cut,
 ) -> Tensor:
-    choices, (batch, query) = Choices(), given
+    choices, (batch, query, sinks) = Choices(), given
     choices.take(family, cut)
-    return prepare(batch, replace(chip, choices=choices))(query, cache, 1.0)
+    return prepare(batch, replace(chip, choices=choices))(query, cache, 1.0, sinks)

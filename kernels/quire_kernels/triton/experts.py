@@ -559,7 +559,8 @@ class TritonExperts:
         )
 
     def _facts(self, chosen: int) -> tuple[str | int, ...]:
-        return named(self.gate.dtype), *self.gate.shape, chosen
+        gate = ["biased"] * (self.biases is not None) + ["clamped"] * (self.clamp is not None)
+        return named(self.gate.dtype), *self.gate.shape, chosen, "-".join(gate) or "plain"
 
     def trials(self, tokens: int, chosen: int) -> Iterator[Trial]:
         """Of steps of up to `tokens` tokens, each of which goes through `chosen` experts."""

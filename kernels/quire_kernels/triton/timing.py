@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import os
@@ -28,23 +27,54 @@ COMPILERS = min(8, os.cpu_count() or 1)
 _IMPORTED = re.compile(r"^ *from quire_kernels\.triton\.(\w+) import", re.MULTILINE)
 
 
+UNFIT = (RuntimeError, TritonError)
+"""What the compiler, the driver and torch raise of a candidate that does not fit a card."""
+
+
 def compile_ahead(launches: Iterable[Callable[[], object]], until: float, workers: int = COMPILERS) -> None:
-    """See `tuning.Ahead`: several at once. What does not compile shows when it is launched."""
-    launched = KernelInterface.__getitem__
-    KernelInterface.__getitem__ = _compile_only
-    try:
-        with _Paced(workers, thread_name_prefix="compile") as pool, AsyncCompileMode(pool, ignore_errors=True):
-            for launch in launches:
-                if time.monotonic() >= until:
-                    break
-                with contextlib.suppress(RuntimeError, TritonError):
-                    launch()
-    finally:
-        KernelInterface.__getitem__ = launched
+    """See `tuning.Ahead`: several at once. What a compiler's thread raises shows when that is launched; what one
+    of `launches` raises, this does. Other threads launch meanwhile as ever.
+    """
+    with (
+        _COMPILING,
+        _Paced(workers, thread_name_prefix="compile") as pool,
+        AsyncCompileMode(pool, ignore_errors=True),
+    ):
+        for launch in launches:
+            if time.monotonic() >= until:
+                break
+            launch()
 
 
-def _compile_only(kernel: Any, grid: Any) -> Callable[..., Any]:
-    return lambda *args, **options: kernel.run(*args, grid=grid, warmup=True, **options)
+class _Compiling:
+    """A thread inside launches nothing: what it would launch is compiled. Triton has no word for that but its own
+    launch, which therefore is another one while there is such a thread, and then only."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._threads = set[int]()
+        self._launch: Callable[[Any, Any], Callable[..., Any]] = KernelInterface.__getitem__
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._threads:
+                self._launch = KernelInterface.__getitem__
+                KernelInterface.__getitem__ = lambda kernel, grid: self._or_compile(kernel, grid)
+            self._threads.add(threading.get_ident())
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._threads.discard(threading.get_ident())
+            if not self._threads:
+                KernelInterface.__getitem__ = self._launch
+
+    def _or_compile(self, kernel: Any, grid: Any) -> Callable[..., Any]:
+        if threading.get_ident() not in self._threads:
+            return self._launch(kernel, grid)
+        return lambda *args, **options: kernel.run(*args, grid=grid, warmup=True, **options)
+
+
+_COMPILING = _Compiling()
 
 
 class _Paced(ThreadPoolExecutor):

@@ -35,7 +35,10 @@ from quire_engine.scheduler import Scheduler
 from quire_engine.step import PENDING, Draw, Scheduled, StepPlan, StepResult
 from quire_kernels import HeadNorms, Kernels, Product, load
 from quire_kernels.reference import ReferenceKernels
+from quire_kernels.tilings import Entry
 from quire_kernels.triton import INTERPRETED, TritonKernels, quantized
+from quire_kernels.triton.timing import records_of
+from quire_kernels.tuning import spelled
 from quire_schemas.checkpoint import read_profile
 from quire_schemas.sizing import weight_bytes
 from quire_schemas.wire import Delta, EngineSpec, Generate, Limits, Quantization, Sampling
@@ -183,6 +186,31 @@ def test_experts_stay_on_the_device(name: str, tmp_path: Path) -> None:
     engine = engine_of(spec_of(tmp_path, async_scheduling=True), "triton")
     assert isinstance(engine.runner, ResidentRunner)
     assert texts(run(engine, *requests(count))) == expected
+
+
+def test_an_engine_launches_the_tilings_that_are_known_warm_or_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    build("gemma2", tmp_path)
+
+    def assembled() -> tuple[ResidentRunner, TritonKernels]:
+        runner = engine_of(spec_of(tmp_path, enforce_eager=True), "triton").runner
+        assert isinstance(runner, ResidentRunner)
+        assert isinstance(runner._model.kernels, TritonKernels)
+        return runner, runner._model.kernels
+
+    runner, kernels = assembled()
+    assert (runner.tuned.known, len(kernels._chip.choices)) == (0, 0)
+    trial = next(trial for trial in kernels.trials(runner.served) if trial.family.file == "attention")
+    record = records_of(kernels.card)("attention")
+    assert not record.path.exists(), "who only reads decides nothing"
+    entry = Entry(spelled(trial.candidates[-1]), 1.0, 2.0, 2)
+    record.add({trial.family.name: entry})
+    runner, kernels = assembled()
+    assert kernels._chip.choices.get(*trial.family) == trial.candidates[-1]
+    assert runner.tuned.known == 1
+    assert record.read() == {trial.family.name: entry}
 
 
 @pytest.mark.nightly

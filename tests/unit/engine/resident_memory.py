@@ -27,6 +27,7 @@ from quire_kernels import load
 from quire_kernels.reference import ReferenceKernels
 from quire_kernels.triton import INTERPRETED, TritonKernels, experts, sample
 from quire_kernels.triton.attention import num_splits
+from quire_kernels.tuning import Choices
 from quire_schemas import gpu_sizing, sizing
 from quire_schemas.checkpoint import ModelProfile
 from quire_schemas.wire import Quantization, Sampling
@@ -82,20 +83,25 @@ def highest(work: Callable[[], object]) -> int:
 
 
 def runner_of(
-    folder: Path, shape: dict[str, Any], tokens: int, quantization: Quantization | None = None
+    folder: Path,
+    shape: dict[str, Any],
+    tokens: int,
+    quantization: Quantization | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[ModelProfile, ResidentRunner]:
     described = write_checkpoint(folder, config(**shape))
     model = load_model(
         folder,
         described,
-        dtype=torch.float32,
+        dtype=dtype,
         device=DEVICE,
         kernels=load("triton"),
         on_progress=lambda *_: None,
         quantization=quantization,
     )
-    assert model.bytes == sizing.weight_bytes(described, "float32", quantization)
-    kv = KVCache.allocate(described, 512, BLOCK, torch.float32, DEVICE)
+    assert model.dtype == dtype
+    assert model.bytes == sizing.weight_bytes(described, str(dtype).removeprefix("torch."), quantization)
+    kv = KVCache.allocate(described, 512, BLOCK, dtype, DEVICE)
     general = ModelRunner(
         model, kv, block_size=BLOCK, head_rows=SEATS, device=DEVICE, masks=MaskMaker(meanwhile=False)
     )
@@ -305,6 +311,28 @@ def test_timing_tilings_stays_below_the_plan(
         for tiling in trial.candidates:
             found = highest(lambda trial=trial, tiling=tiling: trial.launch(trial.given(), tiling))  # type: ignore[misc]
             assert found <= parts["step"], (trial.family, tiling)
+
+
+@pytest.mark.parametrize("shape", [SLIDING, GEMMA3, GPT_OSS], ids=str)
+def test_tilings_are_timed_of_what_steps_look_up(
+    shape: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, runner = runner_of(tmp_path, shape, 40, dtype=torch.float16)
+    kernels = runner._model.kernels
+    assert isinstance(kernels, TritonKernels)
+    timed = {trial.family for trial in kernels.trials(runner.served)}
+    asked = set[Any]()
+    monkeypatch.setattr(Choices, "get", lambda _, *family: asked.add(family))
+    with torch.inference_mode():
+        for singles in range(SEATS):
+            for longest in (1, 2, 12, 25, 40 - singles):
+                runner._rehearse(singles, longest)
+    # the head has as few rows as there are sequences, which nobody tells its product
+    products = {family for family in timed if family.kernel == "product"}
+    assert asked - products == timed - products
+    assert {family.kernel for family in timed} >= {"attention.decode", "attention.prompts", "product"}
+    assert any(family[0] == "product" for family in asked)
+    assert asked <= timed
 
 
 def test_the_two_sides_agree_on_the_room_of_splits() -> None:

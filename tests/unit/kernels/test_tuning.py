@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import sys
+import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -14,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from quire_kernels import KernelError, cache, tilings, tuning
 from quire_kernels.__main__ import main
@@ -101,7 +105,10 @@ class Bench:
         self.record = record or Record(ABOUT)
         self.choices = Choices()
         self.launched: list[Any] = []
-        self.pause, self.ends = 0.0, False
+        self.report = tuning.Report()
+        self.pause = 0.0
+        self.ends: Callable[[Any], object] = lambda tiling: None
+        """What a launch does besides."""
         self._time = 0.0
 
     def trial(self, family: Family = FAMILY, candidates: Sequence[Any] = (DEFAULT, FAST, SLOW)) -> Trial:
@@ -110,8 +117,7 @@ class Bench:
     def _launch(self, given: object, tiling: Any) -> None:
         assert given == "given"
         time.sleep(self.pause)
-        if self.ends:
-            raise KeyboardInterrupt
+        self.ends(tiling)
         self.launched.append(tiling)
         if tiling not in self.seconds:
             raise RuntimeError(f"out of resource: {tiling}")
@@ -128,13 +134,16 @@ class Bench:
 
         return seconds
 
-    def tune(self, *trials: Trial, seconds: float = 60.0, timed: bool = True) -> tuning.Report:
+    def tune(
+        self, *trials: Trial, seconds: float = 60.0, timed: bool = True, ahead: tuning.Ahead | None = None
+    ) -> tuning.Report:
         return tune(
             trials or [self.trial()],
             self.choices,
             lambda _: self.record,
             seconds=seconds,
             timer=self.timer if timed else None,
+            compile_ahead=ahead,
         )
 
     @property
@@ -164,7 +173,7 @@ def test_who_only_reads_decides_nothing() -> None:
     bench = Bench(ALL)
     report = bench.tune(timed=False)
     assert (bench.taken, bench.launched, report.left) == (None, [], [FAMILY.name])
-    assert str(report).endswith("1 keep the default: nothing is timed where nothing is captured")
+    assert str(report).endswith("1 keep the default: only a warm-up that captures times them")
     assert not Record(ABOUT).path.exists()
 
 
@@ -174,6 +183,17 @@ def test_the_default_is_a_decision_too() -> None:
     assert later.tune().known == 1
     assert later.taken is None
     assert not later.launched
+
+
+def test_what_is_known_no_more_is_launched_no_more() -> None:
+    """An engine reads when it is made, and again before it measures."""
+    Bench(ALL).tune()
+    bench = Bench(ALL | {FAST: 4e-6})
+    bench.tune(timed=False)
+    assert bench.taken == FAST
+    tilings.clear()
+    bench.tune()
+    assert bench.taken is None
 
 
 def test_another_card_and_a_changed_kernel_are_measured_anew() -> None:
@@ -213,17 +233,155 @@ def test_a_candidate_that_cannot_be_launched_is_left_out_by_name() -> None:
     assert broken.taken is None
 
 
-def test_measuring_that_ends_the_process_does_not_end_every_start(caplog: pytest.LogCaptureFixture) -> None:
+OTHER = Family("product", ("bfloat16", 128, 32), 1)
+LETHAL = (9, 9, 9)
+
+
+def dies(work: Callable[[], object]) -> bool:
+    """Whether a process dies of it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch's threads are not needed there
+        child = os.fork()
+    if child == 0:
+        try:
+            work()
+        finally:
+            os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0
+
+
+def lethal(tiling: Any) -> None:
+    if tiling == LETHAL:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def start(*families: Family, ahead: bool = False) -> Bench:
+    """An engine that times these, `OTHER` without knowing that one of its candidates is no good."""
+    bench = Bench(ALL | {LETHAL: 1e-6})
+    bench.ends = lethal
+
+    def trial(family: Family) -> Trial:
+        return bench.trial(family, (DEFAULT, LETHAL if family == OTHER else FAST))
+
+    bench.report = bench.tune(*map(trial, families), ahead=start_all if ahead else None)
+    return bench
+
+
+def test_what_two_processes_died_with_has_its_default_and_nothing_else_has(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     for _ in range(2):
-        ends = Bench(ALL)
-        ends.ends = True
-        with pytest.raises(KeyboardInterrupt):
-            ends.tune()
-    bench = Bench({})
-    assert bench.tune().left == [FAMILY.name]
+        assert dies(lambda: start(OTHER, FAMILY))
+    assert Record(ABOUT).attempts() == {OTHER.name: 2}
+    assert not Record(ABOUT).read(), "nothing is decided of what nobody tried"
+    another = start(FAMILY)
+    assert another.taken == FAST, "another model's"
+    assert Record(ABOUT).attempts() == {OTHER.name: 2}
+    bench = start(OTHER, FAMILY)
+    assert (bench.report.known, bench.report.left) == (1, [OTHER.name])
     assert not bench.launched
-    assert "did not come to its end 2 times" in caplog.text
-    assert Bench(ALL).tune().known == 1
+    assert f"did not come to its end 2 times: the default is taken of {OTHER.name}" in caplog.text
+    assert Record(ABOUT).read()[OTHER.name] == Entry(list(DEFAULT), 0.0, 0.0, 0)
+    assert start(OTHER, FAMILY).report.known == 2
+
+
+def test_what_a_process_died_with_is_not_compiled_ahead_again() -> None:
+    """There nobody knows which it was."""
+    assert dies(lambda: start(FAMILY, OTHER, ahead=True))
+    assert Record(ABOUT).attempts() == {FAMILY.name: 1, OTHER.name: 1}
+    assert dies(lambda: start(FAMILY, OTHER, ahead=True))
+    assert Record(ABOUT).attempts() == {FAMILY.name: 1, OTHER.name: 2}
+    bench = start(FAMILY, OTHER, ahead=True)
+    assert bench.taken == FAST
+    assert bench.report.left == [OTHER.name]
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+def test_what_is_interrupted_died_of_nothing(error: type[BaseException], ahead: bool, home: Path) -> None:
+    def interrupt(tiling: Any) -> None:
+        raise error
+
+    for _ in range(3):
+        bench = Bench(ALL)
+        bench.ends = interrupt
+        with pytest.raises(error):
+            bench.tune(ahead=start_all if ahead else None)
+        assert not list(home.iterdir())
+    bench = Bench(ALL)
+    bench.tune()
+    assert bench.taken == FAST
+
+
+def start_all(launches: Iterable[Callable[[], object]], until: float) -> None:
+    for launch in launches:
+        launch()
+
+
+def test_a_device_that_is_lost_is_a_death() -> None:
+    """Else an engine would lose it at every start."""
+
+    def lost(tiling: Any) -> None:
+        raise torch.AcceleratorError("an illegal memory access was encountered")
+
+    for _ in range(2):
+        bench = Bench(ALL)
+        bench.ends = lost
+        with pytest.raises(torch.AcceleratorError):
+            bench.tune()
+    assert Record(ABOUT).attempts() == {FAMILY.name: 2}
+    bench.tune()
+    assert bench.taken is None
+
+
+def test_who_is_told_to_end_while_a_thread_measures_died_of_nothing(home: Path) -> None:
+    def told_to_end() -> None:
+        began = threading.Event()
+        bench = Bench(ALL)
+
+        def hang(tiling: Any) -> None:
+            began.set()
+            time.sleep(60)
+
+        bench.ends = hang
+        threading.Thread(target=bench.tune, daemon=True).start()
+        began.wait(30)
+        noted = Record(ABOUT).attempts()
+        tilings.take_back()
+        os._exit(7 if noted == {FAMILY.name: 1} else 0)
+
+    assert dies(told_to_end), "it had noted what it measures"
+    assert not list(home.glob("*.attempts"))
+
+
+def test_what_was_noted_is_forgotten_by_command(home: Path) -> None:
+    for unmeasured in (False, True):
+        Record(ABOUT).attempt(["a"])
+        assert tilings.clear(unmeasured=unmeasured) == 0
+        assert not list(home.glob("*.attempts"))
+        Record(ABOUT).attempted(["a"], ended=False)
+    (home / Record(ABOUT).path.with_suffix(".attempts").name).write_text("[" * 9)
+    assert Record(ABOUT).attempts() == {}
+
+
+def test_a_defect_is_told_of_in_full_and_what_does_not_fit_by_name(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+
+    def defect(tiling: Any) -> None:
+        if tiling == FAST:
+            raise AttributeError("no such thing")
+
+    for ahead in (None, start_all):
+        bench = Bench({DEFAULT: 3e-6, FAST: 1e-6}, Record(ABOUT | {"card": str(ahead)}))
+        bench.ends = defect
+        report = bench.tune(ahead=ahead)
+        assert bench.taken is None
+        assert [name.removeprefix(FAMILY.name) for name in report.skipped] == [" [8, 256, 4]", " [16, 512, 4]"]
+        told = [record for record in caplog.records if "a defect in what is timed" in record.message]
+        assert {record.levelname for record in told} == {"WARNING"}
+        assert all(record.exc_info for record in told)
+        assert all("out of resource" not in record.message for record in told)
+        caplog.clear()
 
 
 def good() -> dict[str, Any]:
@@ -334,16 +492,40 @@ def _nobody() -> Path:
     raise RuntimeError("Could not determine home directory.")
 
 
-def test_while_one_measures_the_others_wait_and_take_what_it_found(home: Path) -> None:
-    held = cache.alone(home)
-    assert held.__enter__()
+def test_who_waited_in_vain_decides_for_all(home: Path) -> None:
+    """Who measures all the while, too, whatever it finds."""
     waits = Bench(ALL)
-    report = waits.tune(seconds=0.0)
-    assert "another process measures" in report.why_not
-    assert waits.taken is None
+
+    def gives_up(tiling: Any) -> None:
+        if not waits.record.path.exists():
+            report = waits.tune(seconds=0.0)
+            assert "another process measures" in report.why_not
+            assert report.left == [FAMILY.name]
+
+    slow, later = Bench(ALL), Bench(ALL)
+    slow.ends = gives_up
+    slow.tune()
+    assert slow.launched
+    assert waits.record.path.exists()
     assert not waits.launched
-    assert not Record(ABOUT).path.exists(), "who could not measure decides nothing for others"
-    held.__exit__(None, None, None)
+    later.tune()
+    assert (slow.taken, waits.taken, later.taken) == (None, None, None)
+    assert not later.launched
+
+
+def test_who_has_another_card_waits_for_nobody() -> None:
+    with Record(ABOUT).alone(0.0) as mine, Record(ABOUT | {"kernel": "attention"}).alone(0.0) as too:
+        assert (mine, too) == (True, False)
+        bench = Bench(ALL, Record(ABOUT | {"card": "B"}))
+        bench.tune(seconds=60.0)
+        assert bench.taken == FAST
+
+
+def test_the_first_decision_holds() -> None:
+    record, default, fast = Record(ABOUT), Entry(list(DEFAULT), 0.0, 0.0, 0), Entry(list(FAST), 2.0, 3.0, 3)
+    record.add({"a": default, "void": default})
+    record.add({"a": fast, "void": fast, "b": fast}, {"void": default})
+    assert record.read() == {"a": default, "void": fast, "b": fast}
 
 
 def test_two_that_start_at_once_choose_the_same() -> None:

@@ -7,6 +7,7 @@ they are rounded: once in float16, and 2^-8 each in bfloat16, which is what a GP
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import pairwise
 from itertools import product as product_of
@@ -17,6 +18,7 @@ import pytest
 import torch
 from tests.unit.kernels.triton_ops_attention import in_own_order
 from torch import Tensor
+from triton.runtime.jit import KernelInterface
 
 from quire_kernels import Activations, QuantizedWeight
 from quire_kernels.paging import PagedBatch
@@ -61,7 +63,7 @@ def filled(given: Any) -> Any:
         planes = FLOATS if given.scales.dim() == 2 else given.planes.shape[0] // given.scales.shape[0]
         return round_rows(random(given.scales.shape[0], given.planes.shape[1]), planes)
     if isinstance(given[0], PagedBatch):
-        return given[0], random(*given[1].shape)
+        return given[0], random(*given[1].shape), given[2]
     x, choice, shares = given
     return random(*x.shape), choice, shares
 
@@ -90,6 +92,8 @@ def cases(number: int) -> list[Trial]:
         made = [kernels.quantized_product(weight, None, activations, dtype)]
     served = replace(SERVED, layers=layers)
     found = list(kernels.trials(served))
+    if number == 2:
+        found += kernels.trials(replace(served, layers=layers[:1], sinks=True))
     assert made or layers
     return found
 
@@ -245,6 +249,35 @@ def test_a_kernel_is_what_its_file_takes_from_others_too() -> None:
     assert names["quantized"] >= {"quantized", "rounding", "bytes", "launch"}
     paths = {records_of({"card": card})(kernel).path for card in "ab" for kernel in ("attention", "quantized")}
     assert len(paths) == 4
+
+
+class Kernel(KernelInterface[Any]):  # type: ignore[misc]
+    """Says of each launch whether it was one."""
+
+    def run(self, *args: Any, grid: Any, warmup: bool, **options: Any) -> str:
+        return "compiled" if warmup else "launched"
+
+
+def test_who_compiles_ahead_keeps_nobody_else_from_launching() -> None:
+    kernel, said = Kernel(), list[str]()
+
+    def here() -> None:
+        said.append(kernel[(1,)]())
+
+    def elsewhere() -> None:
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(here).result()
+            # two that compile, of whom one ends first
+            pool.submit(timing.compile_ahead, [here], float("inf"), 1).result()
+            pool.submit(here).result()
+
+    own = KernelInterface.__getitem__
+    timing.compile_ahead([here, elsewhere, here], float("inf"), 1)
+    here()
+    assert said == ["compiled", "launched", "compiled", "launched", "compiled", "launched"]
+    with pytest.raises(ZeroDivisionError):
+        timing.compile_ahead([lambda: 1 // 0], float("inf"), 1)
+    assert KernelInterface.__getitem__ is own
 
 
 @pytest.mark.parametrize("multiprocessors", [8, 108, 132, 148, 192])
