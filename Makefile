@@ -36,8 +36,8 @@ venv: $(STAMP) ## make the virtual environment and install Quire into it
 quickstart: $(STAMP) ## serve the built-in model and ask it one question
 	$(BIN)/platform quickstart manifests/quickstart.yaml
 
-test: $(STAMP) ## run the tests, two files at a time: those of whole platforms first, as they take longest
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+test: $(STAMP) ## run the tests, three files at a time: those of whole platforms first, as they take longest and mostly wait
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 check: lint types layers docs-check ## run every check but the tests
 

@@ -21,6 +21,12 @@ def read(cert_file: str, key_file: str) -> ssl.SSLContext:
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
+    for path in (cert_file, key_file):
+        try:
+            with open(path, "rb"):
+                pass
+        except OSError as error:
+            raise BadCertificate(f"{path} cannot be read: {error.strerror or error}") from error
     try:
         context.load_cert_chain(cert_file, key_file, password=_nobody)
     except (OSError, ValueError) as error:

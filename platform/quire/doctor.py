@@ -343,24 +343,30 @@ def _ask(path: Path, question: bytes, whole: Callable[[bytes], bool]) -> bytes:
 def _router(shim: Report | None, address: tuple[str, int]) -> Report:
     """The router: whether its own `/livez` answers. `address` is where to ask when its shim says nothing."""
     if shim is None:
-        return {"pid": None, "shimPid": None, "shimAnswers": False, "baseUrl": None, "answers": False}
+        return {
+            "pid": None, "shimPid": None, "shimAnswers": False, "baseUrl": None, "answers": False, "problem": None,
+        }  # fmt: skip
     host, port = shim["listen"] or address
     tls = (shim["labels"] or {}).get("tls")
     base = f"{'https' if tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
+    answers, problem = False, None
     try:
         with contextlib.closing(
             endpoint.connection(base, ANSWER_SECONDS, tls["certFile"] if tls else None)
         ) as asked:
             asked.request("GET", "/livez")
             answers = asked.getresponse().status == 200
+    except endpoint.NoCertificate as error:
+        problem = str(error)
     except (OSError, http.client.HTTPException):
-        answers = False
+        pass
     return {
         "pid": shim["childPid"],
         "shimPid": shim["shimPid"],
         "shimAnswers": shim["answers"],
         "baseUrl": f"{base}/v1",
         "answers": answers,
+        "problem": problem,
     }
 
 
@@ -520,6 +526,9 @@ def _judge_processes(report: Report) -> Iterator[Finding]:
     if router["baseUrl"] is not None and not router["shimAnswers"]:
         message = "the shim of the router does not answer"
         yield Finding("error", "router", message, "platform logs router; platform down, then platform up")
+    elif router["problem"] is not None:
+        message = f"the router was not asked: {router['problem']}. It fails with its next start"
+        yield Finding("error", "router", message, "put the file back, or apply a Gateway with another one")
     elif router["baseUrl"] is not None and not router["answers"]:
         message = f"the router (pid {router['pid']}) does not answer on {router['baseUrl']}"
         yield Finding("error", "router", message, "platform logs router")

@@ -7,16 +7,24 @@ import ssl
 from urllib.parse import urlsplit
 
 
+class NoCertificate(OSError):
+    """What is to be trusted cannot be read: nobody was asked."""
+
+
 def trust(base_url: str, certificate: str | None) -> ssl.SSLContext | None:
     """Whom a client of `base_url` trusts; None where that does not speak https.
 
     With the file `certificate` the server has to show what is in there, or what is signed by it, whichever name it
     is for: this machine's own router is asked by address. Without one the system's authorities vouch for the name.
-    Raises OSError where the file cannot be used.
+    Raises `NoCertificate` where the file cannot be used.
     """
     if urlsplit(base_url).scheme != "https":
         return None
-    context = ssl.create_default_context(cafile=certificate)
+    try:
+        context = ssl.create_default_context(cafile=certificate)
+    except OSError as error:
+        why = getattr(error, "reason", None) or error.strerror or error
+        raise NoCertificate(f"{certificate}, the certFile of spec.tls, cannot be read: {why}") from error
     if certificate is not None:
         context.check_hostname = False
         context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN

@@ -26,7 +26,7 @@ from tests.integration.plane import GATEWAY, Plane, Stream, model
 from tests.waiting import alive, eventually
 
 from quire.client import InvalidManifest
-from quire.endpoint import connection
+from quire.endpoint import NoCertificate, connection
 from quire.router.config import load
 from quire.router.tls import Certificate, TlsFiles
 from quire_operators.certificates import BadCertificate
@@ -415,9 +415,10 @@ def test_a_router_whose_certificate_is_no_pair_says_so_and_starts_when_it_is_one
         )
 
     found = eventually(stalled, "the gateway says why")
+    with pytest.raises(NoCertificate, match=r"none\.pem, the certFile of spec\.tls, cannot be read: No such file"):
+        connection(plane.base_url, 1, f"{tmp_path}/none.pem")
     assert found["reason"] == "RouterFailed"
-    assert "No such file" in found["message"]
-    assert str(tmp_path) in found["message"]
+    assert f"{tmp_path / 'key.pem'} cannot be read: No such file" in found["message"]
     (tmp_path / "key.pem").write_bytes(key)
     settled(plane)
     context = ssl.create_default_context()

@@ -73,7 +73,8 @@ def _rows(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
     plane, router = report["controlPlane"], report["router"]
     yield "control plane", _process(plane["pid"], plane["answers"])
     where = f", {router['baseUrl']}" if router["baseUrl"] else ""
-    yield "router", _process(router["pid"], router["answers"]) + where
+    asked = f"pid {router['pid']}, not asked" if router["problem"] else _process(router["pid"], router["answers"])
+    yield "router", asked + where
     for replica in report["replicas"]:
         engine = _process(replica["enginePid"], replica["engineAnswers"])
         yield "replica", f"{replica['id'] or replica['model']}: engine {engine}, shim {replica['shimPid']}"

@@ -78,6 +78,8 @@ def _look(router: Mapping[str, Any]) -> Series:
 
 
 def _silent(url: str, error: Exception) -> CommandFailed:
+    if isinstance(error, endpoint.NoCertificate):
+        return CommandFailed(f"the router was not asked: {error}", "put the file back", ExitCode.UNREACHABLE)
     text = f"the router at {urlsplit(url).netloc} does not answer: {error}"
     return CommandFailed(text, "platform get gateway", ExitCode.UNREACHABLE)
 

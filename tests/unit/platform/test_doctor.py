@@ -39,7 +39,9 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Report:
         disk["free"] = 1 << 40
     report["controlPlane"] |= {"pid": 3, "answers": True, "version": report["versions"]["quire"]}
     base = "http://127.0.0.1:8000/v1"
-    report["router"] = {"pid": 4, "shimPid": 2, "shimAnswers": True, "baseUrl": base, "answers": True}
+    report["router"] = {
+        "pid": 4, "shimPid": 2, "shimAnswers": True, "baseUrl": base, "answers": True, "problem": None,
+    }  # fmt: skip
     report["replicas"] = [dict(REPLICA)]
     report["devices"] = {"driver": None, "cuda": None, "gpus": [], "problem": "none here"}
     return report
@@ -93,6 +95,7 @@ WRONG: dict[str, tuple[Callable[[Report], None], str, str, str]] = {
     "older": (_set("controlPlane", "version", value="0.0.1"), "warning", "is 0.0.1", "platform down"),
     "down": (_set("controlPlane", "problem", value="still alive: m"), "error", "still alive", "platform down"),
     "router": (_set("router", "answers", value=False), "error", "router (pid 4)", "logs"),
+    "certificate": (_set("router", "problem", value="/x is gone"), "error", "not asked: /x is gone", "put the"),
     "router's shim": (_set("router", "shimAnswers", value=False), "error", "shim of the router", "platform down"),
     "lost": (
         lambda report: report["controlPlane"].update(pid=None, answers=False),
