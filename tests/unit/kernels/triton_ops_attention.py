@@ -118,7 +118,7 @@ def test_attention(name: str, dtype: torch.dtype) -> None:
 def test_soft_caps_and_sinks(name: str, bent: str, kept: torch.dtype | None, dtype: torch.dtype) -> None:
     lengths, heads, kv_heads, dim, block_size, window = STEPS[name]
     if INTERPRETED and dtype != torch.float32 and name != "mixed":
-        pytest.skip("the interpreter takes its time, and one case shows the rounding")
+        pytest.skip("the interpreter takes its time, and one case shows the rounding; on a GPU all run")
     softcap, sinks = BENT[bent]
     batch, blocks = batch_of(lengths, block_size)
     source = torch.Generator().manual_seed(1)
@@ -254,7 +254,7 @@ def test_the_instructions_that_unpack_e4m3_by_hand(program: Any, dtype: torch.dt
 def test_attention_over_keys_and_values_in_8_bits(name: str, dtype: torch.dtype, kept: torch.dtype) -> None:
     lengths, heads, kv_heads, dim, block_size, window = STEPS[name]
     if INTERPRETED and dtype != torch.float32 and name != "mixed":
-        pytest.skip("the interpreter takes its time, and one case shows the rounding")
+        pytest.skip("the interpreter takes its time, and one case shows the rounding; on a GPU all run")
     batch, blocks = batch_of(lengths, block_size)
     source = torch.Generator().manual_seed(1)
     cache = to_bytes(3 * torch.randn((2, blocks, block_size, kv_heads, dim), generator=source), kept).to(DEVICE)
