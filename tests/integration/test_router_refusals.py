@@ -12,7 +12,7 @@ from tests.integration.router_world import World
 from tests.integration.wire_engine import WHY
 
 from quire.cli.reference import metrics_page
-from quire.router.metrics import FINISHES, NO_MODEL
+from quire.router.model_metrics import FINISHES, NO_MODEL
 from quire_schemas import signals, wire
 
 BEAMS = {"use_beam_search": True, "n": 5}

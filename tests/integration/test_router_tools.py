@@ -17,7 +17,7 @@ from tests.integration.engine_process import engine_running
 from tests.integration.router_world import World
 
 from quire import builtin
-from quire.router.metrics import MODES, OUTCOMES
+from quire.router.model_metrics import MODES, OUTCOMES
 from quire_schemas import signals, wire
 from quire_schemas.openai.chat import ChatChunk
 

@@ -41,7 +41,8 @@ from quire.router.fleet import Fleet
 from quire.router.formats import Format
 from quire.router.gateway import Gateway
 from quire.router.guard import Guard
-from quire.router.metrics import CONTENT_TYPE, REFUSED
+from quire.router.metrics import CONTENT_TYPE
+from quire.router.model_metrics import REFUSED
 from quire.router.proof import Prover
 from quire.router.responses import Responses
 from quire.router.spans import RequestSpans

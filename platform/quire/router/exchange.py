@@ -44,7 +44,7 @@ from quire.router.fleet import ServedModel
 from quire.router.formats import Format
 from quire.router.gateway import Gateway
 from quire.router.job import Job, Update
-from quire.router.metrics import ROUTED, STEPPED_IN
+from quire.router.model_metrics import ROUTED, STEPPED_IN
 from quire.router.reception import Reception, send_json
 from quire.router.run import Run
 from quire.router.spans import RequestSpan, RequestSpans

@@ -31,7 +31,8 @@ from quire.router.breaker import Breakers
 from quire.router.canaries import Canaries
 from quire.router.engine_client import Ejection, EngineClient, endpoint_key
 from quire.router.memory import Memory
-from quire.router.metrics import Metrics, ReplicaSample, Standing
+from quire.router.metrics import Metrics
+from quire.router.model_metrics import ReplicaSample, Standing
 from quire.router.quarantine import Suspects
 from quire.router.shares import Turns
 from quire.router.traffic import Asked, Traffic, Way

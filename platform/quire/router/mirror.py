@@ -20,7 +20,7 @@ from quire.errors import QueueFull
 from quire.router.desk import Desk
 from quire.router.fleet import Fleet, ServedModel
 from quire.router.job import Job
-from quire.router.metrics import COPIED
+from quire.router.model_metrics import COPIED
 from quire.router.run import Run
 from quire.router.spans import RequestSpan
 from quire.router.traffic import adapter_of

@@ -43,7 +43,7 @@ from quire.router.fleet import ServedModel
 from quire.router.formats import NO_NAMES, StreamFormat
 from quire.router.gateway import Gateway
 from quire.router.http import GONE, SLOW
-from quire.router.metrics import NO_MODEL, REFUSED_FOR_ITSELF
+from quire.router.model_metrics import NO_MODEL, REFUSED_FOR_ITSELF
 from quire.router.spans import RequestSpan, RequestSpans
 from quire.router.traffic import Asked
 from quire_schemas.openai.body import BadRequest, BadStandIn, NoThreads

@@ -12,7 +12,7 @@ import pynvml
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
-from quire.router.metrics import _Gpus
+from quire.router.exposition import Gpus
 from quire_operators import devices, nvml
 from quire_operators.nvml import STALE_SECONDS, Gpu, Health, Watch
 
@@ -224,7 +224,7 @@ def test_a_watch_shows_the_last_reading_and_counts_what_drivers_report(monkeypat
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     watch = Watch(clock=lambda: now[0])
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Gpus(watch))
+    registry.register(Gpus(watch))
     assert watch.gpus == ()
     assert watch.open()
     driver.events = [(1, 79), (0, 48), (1, 79)]

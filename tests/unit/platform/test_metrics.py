@@ -11,14 +11,14 @@ from typing import Final
 from prometheus_client.core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from quire.router.metrics import (
+from quire.router.metrics import Metrics
+from quire.router.model_metrics import (
     EJECTIONS,
     FINISHES,
     NO_MODEL,
     OPERATIONS,
     REASONS,
     Distribution,
-    Metrics,
     ReplicaSample,
     Standing,
 )

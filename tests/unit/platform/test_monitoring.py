@@ -18,7 +18,8 @@ from quire.cli import main
 from quire.cli.outcome import ExitCode
 from quire.monitoring import alerts, dashboards, files
 from quire.monitoring.dashboards import BOARDS, Board
-from quire.router.metrics import Metrics, ReplicaSample, Standing
+from quire.router.metrics import Metrics
+from quire.router.model_metrics import ReplicaSample, Standing
 from quire.tracing import Counts
 from quire_operators.nvml import Watch
 from quire_schemas import signals, wire
