@@ -45,7 +45,8 @@ from quire_operators.store import Store
 from quire_operators.tracing import acted
 from quire_schemas import manifest
 from quire_schemas.access import AccessPolicy, KeySource
-from quire_schemas.manifest import MANIFEST_SUFFIXES, Located, Problem, intent_hash
+from quire_schemas.manifest import Located, Problem, intent_hash
+from quire_schemas.manifest_files import MANIFEST_SUFFIXES
 from quire_schemas.model import Model, SecretReference
 from quire_schemas.quantities import parse_duration
 from quire_schemas.resource import Key

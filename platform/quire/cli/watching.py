@@ -37,7 +37,8 @@ from quire.cli.program import report_client
 from quire.cli.progress import POLL_SECONDS, Display, Judge, View, fetch, wait
 from quire.cli.session import connect, notice
 from quire.client import ClientError, InvalidManifest, Refused
-from quire_schemas.manifest import Manifest, Problem, TooMany, manifests_below
+from quire_schemas.manifest import Manifest, Problem
+from quire_schemas.manifest_files import TooMany, manifests_below
 from quire_schemas.model import Model
 
 STEP_MS = 50

@@ -15,12 +15,11 @@ from hypothesis import strategies as st
 from tests import effort
 from tests.effort import examples
 
-from quire_schemas import manifest as manifests
+from quire_schemas import manifest_files
 from quire_schemas.fields import fields_of
 from quire_schemas.keys import new_key
 from quire_schemas.kinds import KINDS
 from quire_schemas.manifest import (
-    ERROR_WORDS,
     MAX_PROBLEMS,
     Manifest,
     ManifestInvalid,
@@ -33,6 +32,7 @@ from quire_schemas.manifest import (
     read_paths,
 )
 from quire_schemas.model import Model, ModelSpec
+from quire_schemas.problem_words import ERROR_WORDS
 
 ROOT = Path(__file__).resolve().parents[3]
 EXAMPLES = sorted((ROOT / "manifests").glob("*.yaml"))
@@ -864,11 +864,11 @@ def test_a_folder_of_everything_is_named_soon_and_hidden_ones_are_not_looked_int
     for number in range(9):
         (tmp_path / ".git" / f"{number}.yaml").write_text("")
     (tmp_path / "a.yaml").write_text("")
-    monkeypatch.setattr(manifests, "MAX_ENTRIES", 3)
-    assert manifests.load_paths([str(tmp_path)]).problems == []
+    monkeypatch.setattr(manifest_files, "MAX_ENTRIES", 3)
+    assert load_paths([str(tmp_path)]).problems == []
     for number in range(3):
         (tmp_path / f"{number}.txt").write_text("")
-    (problem,) = manifests.load_paths([str(tmp_path)]).problems
+    (problem,) = load_paths([str(tmp_path)]).problems
     assert (problem.file, problem.message) == (str(tmp_path), "there are more than 3 files in it and below")
     assert problem.hint == "name the manifests, or a folder that holds only them"
 
