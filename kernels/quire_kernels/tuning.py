@@ -31,6 +31,7 @@ import functools
 import logging
 import statistics
 import time
+import traceback
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -411,6 +412,9 @@ class _Measuring:
                 log.info("no candidate here: %s: %s", name, said)
             else:
                 log.warning("a defect in what is timed: %s: %s", name, said, exc_info=error)
+            # who raises what he has a name for keeps all these frames, and with them graphs and tensors, until
+            # Python collects, which may be in the middle of a capture: so does Triton where a kernel does not fit
+            traceback.clear_frames(error.__traceback__)
 
 
 def _us(seconds: float) -> float:

@@ -97,7 +97,8 @@ class Nvml:
 
 
 def ask(*, health: bool = False) -> Nvml:
-    """GPUs that NVML reports; none on a machine without its driver. CUDA_VISIBLE_DEVICES narrows them by index."""
+    """GPUs that NVML reports; none on a machine without its driver. CUDA_VISIBLE_DEVICES narrows them, by number
+    or UUID. One that is divided (MIG) is left out: replicas are given whole ones."""
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError as error:
@@ -116,23 +117,37 @@ def _ask_open(*, health: bool) -> Nvml:
     problems: list[str] = []
     found: list[Gpu] = []
     count = pynvml.nvmlDeviceGetCount()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    shown = [index for index in range(count) if visible is None or _is_named(visible, index)]
     for index in range(count):
         try:
-            found.append(_gpu(index, health=health))
+            handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+            # what NVML says then is of the whole card, and CUDA would see one of its parts
+            mig = _told(pynvml.nvmlDeviceGetMigMode, handle)
+            if mig is not None and mig[0]:
+                problems.append(f"GPU {index} is divided (MIG), and only whole ones are given to replicas")
+            elif index in shown:
+                found.append(_gpu(index, handle, health=health))
         except pynvml.NVMLError as error:
             problems.append(f"GPU {index} does not answer: {error}")
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        allowed = {int(part) for part in visible.split(",") if part.strip().isdigit()}
-        if hidden := sum(index not in allowed for index in range(count)):
-            problems.append(f"CUDA_VISIBLE_DEVICES={visible} hides {hidden} of {count}")
-        found = [gpu for gpu in found if gpu.index in allowed]
+    if len(shown) < count:
+        problems.append(f"CUDA_VISIBLE_DEVICES={visible} hides {count - len(shown)} of {count}")
     cuda = None if newest is None else (newest // 1000, newest % 1000 // 10)
     return Nvml(driver, cuda, tuple(found), "; ".join(problems) or None)
 
 
-def _gpu(index: int, *, health: bool) -> Gpu:
-    handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+def _is_named(visible: str, index: int) -> bool:
+    """Whether CUDA_VISIBLE_DEVICES says this one: by its number, or by its UUID or how that begins."""
+    parts = [part.strip() for part in visible.split(",")]
+    if index in [int(part) for part in parts if part.isdigit()]:
+        return True
+    beginnings = tuple(part for part in parts if part.startswith("GPU-"))
+    handle = _told(pynvml.nvmlDeviceGetHandleByIndex, index) if beginnings else None
+    uuid = None if handle is None else _told(pynvml.nvmlDeviceGetUUID, handle)
+    return uuid is not None and str(uuid).startswith(beginnings)
+
+
+def _gpu(index: int, handle: Any, *, health: bool) -> Gpu:
     memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
     # drivers before 510 do not tell what they keep for themselves
     apart = _told(pynvml.nvmlDeviceGetMemoryInfo, handle, pynvml.nvmlMemory_v2)

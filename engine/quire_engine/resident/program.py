@@ -62,7 +62,8 @@ class _Shape:
 
 
 class StepProgram:
-    """Steps of up to as many items as `table` has seats. `captures` False launches every kernel by itself."""
+    """Steps of up to as many items as `table` has seats. `stream` is that of captures, of which there is one in a
+    process: libraries have a workspace for each stream, and keep it. None: every kernel is launched by itself."""
 
     def __init__(
         self,
@@ -73,14 +74,13 @@ class StepProgram:
         block_size: int,
         max_model_len: int,
         max_num_batched_tokens: int,
-        captures: bool,
+        stream: torch.cuda.Stream | None,
     ) -> None:
         self._model = model
         self._kv = kv
         self._table = table
         self._block_size = block_size
         self._max_model_len = max_model_len
-        self._captures = captures
         self._decode_sizes = _up_to(table.seats, DECODE_SIZES)
         self._mixed_items = _up_to(table.seats, MIXED_ITEMS)
         sizes = mixed_sizes(max_num_batched_tokens)
@@ -89,14 +89,9 @@ class StepProgram:
         self._decode: dict[int, _Shape] = {}
         self._mixed: dict[tuple[int, int], _Shape] = {}
         self._pool: Any = None
-        self._stream = torch.cuda.Stream(table.device) if captures else None  # type: ignore[no-untyped-call]
+        self._stream = stream
         self.scratch = sample.scratch(table.seats, model.profile.vocab_size, table.device)
         """For `sample.draw`."""
-
-    @property
-    def stream(self) -> torch.cuda.Stream | None:
-        """That of captures; None where nothing is captured."""
-        return self._stream
 
     @property
     def captured(self) -> int:

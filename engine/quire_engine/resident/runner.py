@@ -81,7 +81,7 @@ class ResidentRunner:
         self._block_size, self._device = general.block_size, general.device
         self._max_num_batched_tokens = max_num_batched_tokens
         self._max_model_len = max_model_len
-        self._captures = captures
+        self._stream = torch.cuda.Stream(self._device) if captures else None  # type: ignore[no-untyped-call]
         self._seats = seats
         self.tuned = Report()
         """What came of choosing tilings."""
@@ -102,7 +102,7 @@ class ResidentRunner:
             block_size=self._block_size,
             max_model_len=self._max_model_len,
             max_num_batched_tokens=self._max_num_batched_tokens,
-            captures=self._captures,
+            stream=self._stream,
         )
 
         room = self._room
@@ -125,8 +125,8 @@ class ResidentRunner:
     @torch.inference_mode()
     def warm_up(self, seconds: float) -> None:
         """See `Runner`: choose tilings, capture programs, compile and load what launched steps need besides."""
-        self._tune(self.program.stream)
-        if not self._captures:
+        self._tune(self._stream)
+        if self._stream is None:
             return
         # for other numbers of sequences the attention kernel is another one
         others = self._table.seats - 1

@@ -74,6 +74,21 @@ class Served:
     """Whether its heads have some."""
 
 
+def _chip() -> Chip:
+    """That of the current CUDA device. The first to ask on a machine compiles what Triton speaks to the driver by.
+    Raises `BackendUnavailable`."""
+    try:
+        return Chip.current()
+    except torch.AcceleratorError:
+        raise
+    except Exception as error:  # Triton runs ldconfig and a compiler, and each part fails in its own way
+        said = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        raise BackendUnavailable(
+            f"Triton cannot speak to the driver: {said}; it needs libcuda.so.1, and once a C compiler (gcc, "
+            "clang, or what CC names) and the headers of Python"
+        ) from error
+
+
 class TritonKernels:
     """Every operation by a kernel of its own, or by cuBLAS. Raises `BackendUnavailable`."""
 
@@ -82,7 +97,7 @@ class TritonKernels:
     def __init__(self) -> None:
         if not INTERPRETED and not torch.cuda.is_available():
             raise BackendUnavailable("torch sees no CUDA device")
-        self._chip = Chip(8, 227 * 1024) if INTERPRETED else Chip.current()
+        self._chip = Chip(8, 227 * 1024) if INTERPRETED else _chip()
         # here, so that no captured graph has it in its own memory
         self._counters = torch.zeros(COUNTERS, dtype=torch.int32, device="cpu" if INTERPRETED else "cuda")
         self._room = Room(self._counters.device)

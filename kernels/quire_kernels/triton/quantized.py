@@ -223,7 +223,9 @@ def _product(
         here = weight + first.to(tl.int64) * width + (ns * width)[:, None]
         if DEPENDENT and AHEAD > 0:
             lines = begin + tl.arange(0, (AHEAD * BLOCK_K + 127) // 128) * 128
-            fetch(here + tl.minimum(lines, width - 1)[None, :])
+            # outputs behind the last one are none, and memory behind the weight may be nobody's
+            near = weight + tl.minimum(first + ns, outputs - 1).to(tl.int64)[:, None] * width
+            fetch(near + tl.minimum(lines, width - 1)[None, :])
         acc = tl.zeros([BLOCK_N, BLOCK_M], tl.int32)
     else:
         tl.static_assert(BLOCK_K % (2 * HALF) == 0)

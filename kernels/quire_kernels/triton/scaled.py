@@ -109,7 +109,9 @@ def _product(
     x_beside = x_scales + columns.to(tl.int64) * groups
     if DEPENDENT and AHEAD > 0:
         lines = begin * _BLOCK + tl.arange(0, AHEAD) * _BLOCK
-        fetch(here + tl.minimum(lines, width - 1)[None, :])
+        # outputs behind the last one are none, and memory behind the weight may be nobody's
+        near = weight + tl.minimum(first + ns, outputs - 1).to(tl.int64)[:, None] * width
+        fetch(near + tl.minimum(lines, width - 1)[None, :])
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     # scales are asked for a group ahead, for nothing else of the loop would hide how long they take
     next_one = tl.minimum(begin, groups - 1)

@@ -357,6 +357,9 @@ def test_more_seats_than_the_table_was_made_for(
     expected = texts(run(engine_of(spec_of(tmp_path), "cpu"), *requests(5)))
     engine = engine_of(spec_of(tmp_path, async_scheduling=True), "triton")
     made: list[int] = []
+    runner: Any = engine.runner
+    stream = runner.program._stream
+    assert (stream is not None) is (DEVICE.type == "cuda")
 
     def planted(model: Any, kv: Any, table: RequestTable, **sizes: Any) -> StepProgram:
         made.append(table.seats)
@@ -368,6 +371,7 @@ def test_more_seats_than_the_table_was_made_for(
     engine.set_limits(Limits("h1", 5, 16, True))
     assert texts(run(engine, *requests(5))) == expected
     assert made == [5] * (1 + fails)
+    assert runner.program._stream is stream, "cuBLAS keeps tens of megabytes for each stream that it meets"
 
 
 def test_a_size_that_takes_no_less_than_a_larger_one_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,6 +45,25 @@ def test_in_the_interpreter(suite: str) -> None:
 
 
 @pytest.mark.nightly
+def test_where_triton_cannot_compile_what_it_needs_the_backend_says_so(tmp_path: Path) -> None:
+    """As in an image with a driver and without a compiler: else an engine would end by whatever Triton raised."""
+    program = """
+import torch
+torch.cuda.is_available = lambda: True
+from quire_kernels import BackendUnavailable, load
+try:
+    load("triton")
+except BackendUnavailable as error:
+    assert "/nowhere/cc" in str(error), error
+    assert "needs libcuda.so.1, and once a C compiler" in str(error), error
+else:
+    raise AssertionError
+"""
+    nowhere = {"CC": "/nowhere/cc", "TRITON_LIBCUDA_PATH": "/nowhere", "TRITON_CACHE_DIR": str(tmp_path)}
+    passes(["-c", program], TRITON_INTERPRET="0", **nowhere)
+
+
+@pytest.mark.nightly
 @pytest.mark.parametrize("capability", COMPILING)
 def test_every_launch_compiles(capability: str, tmp_path: Path) -> None:
     passes(["triton_launches.py", capability], TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET="0")

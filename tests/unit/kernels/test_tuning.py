@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -10,6 +11,7 @@ import sys
 import threading
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -231,6 +233,47 @@ def test_a_candidate_that_cannot_be_launched_is_left_out_by_name() -> None:
     broken = Bench({FAST: 1.0}, Record(ABOUT | {"card": "C"}))
     assert broken.tune().left == [FAMILY.name], "nothing is known of a default that cannot be launched"
     assert broken.taken is None
+
+
+class Tensors:
+    """What a launch reads, which somebody counts."""
+
+
+def test_a_candidate_that_does_not_fit_keeps_nothing_in_memory() -> None:
+    """Triton raises so what is told of shared memory: the frame that does has a name for the error, and the error
+    the frame."""
+    kept = list[weakref.ref[object]]()
+
+    def raise_(error: Exception) -> None:
+        raise error
+
+    def given() -> Tensors:
+        made = Tensors()
+        kept.append(weakref.ref(made))
+        return made
+
+    def launch(given: Tensors, tiling: Any) -> None:
+        if tiling == FAST:
+            raise_(RuntimeError("out of resource: shared memory"))
+
+    def timer(launches: Sequence[Callable[[], object]]) -> Callable[[], float]:
+        launches[0]()
+
+        def seconds() -> float:
+            return 1.0
+
+        kept.append(weakref.ref(seconds))
+        return seconds
+
+    gc.collect()
+    gc.disable()
+    try:
+        trial = Trial(FAMILY, (DEFAULT, FAST, SLOW), given, launch, 1 << 40)
+        tune([trial], Choices(), lambda _: Record(ABOUT), seconds=60.0, timer=timer, compile_ahead=start_all)
+        assert len(kept) == 6, "three to compile, one to time, and two that were timed"
+        assert [found() for found in kept] == [None] * 6
+    finally:
+        gc.enable()
 
 
 OTHER = Family("product", ("bfloat16", 128, 32), 1)

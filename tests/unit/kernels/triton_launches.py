@@ -321,11 +321,28 @@ PTX: list[str] = []
 """Of the kernels compiled so far."""
 
 
-def compile_only(kernel: Any, grid: Any) -> Callable[..., Any]:
-    def launch(*args: Any, **options: Any) -> None:
-        PTX.append(kernel.run(*args, grid=grid, warmup=True, **options).asm["ptx"])
+WRITES = re.compile(r"\b(?:st|atom|red)\.global\S*")
 
-    return launch
+
+def compile_only(kernel: Any, grid: Any) -> Callable[..., Any]:
+    def launched(*args: Any, **options: Any) -> None:
+        ptx = kernel.run(*args, grid=grid, warmup=True, **options).asm["ptx"]
+        PTX.append(ptx)
+        if options.get("launch_pdl"):
+            in_order(kernel.__name__, ptx)
+
+    return launched
+
+
+def in_order(name: str, ptx: str) -> None:
+    """Raises unless a kernel that may begin while the one before it ends has waited for that before it writes,
+    lets the next one begin, or returns."""
+    before, waits, _ = ptx.partition("griddepcontrol.wait")
+    if not waits:
+        raise RuntimeError(f"{name} never waits for the kernel before it")
+    early = [*WRITES.findall(before), *re.findall(r"griddepcontrol\.launch_dependents|\bret;", before)]
+    if early:
+        raise RuntimeError(f"{name} does not wait for the kernel before it: {early[0]}")
 
 
 def in_words(start: Callable[[], Any]) -> None:

@@ -147,6 +147,25 @@ def test_a_cap_is_that_of_logits_which_were_capped_before() -> None:
     assert found[0][1] != draw(logits, asked, seeds, positions)[0][1], "the cap is what is looked at"
 
 
+@pytest.mark.nightly  # the interpreter cannot err here: what is asked is how a compiler joins products and sums
+def test_where_filters_leave_one_token_it_is_the_largest_also_of_capped_logits() -> None:
+    """Two kernels cap each logit, each for itself. Did their results differ in a bit, the largest might be
+    nowhere."""
+    rows, vocabulary = (2, 1100) if INTERPRETED else (512, 20_000)
+    logits = 4 * random(rows, vocabulary)
+    # what is drawn must be a token, of those that are all at the cap, too
+    logits[0, 5:9] = 1e4
+    greedy = draw(logits, [Sampling(max_tokens=1, temperature=0.0)] * rows, [1] * rows, [2] * rows, cap=30.0)[0]
+    for asked in (
+        Sampling(max_tokens=1, temperature=1.0, top_k=1),
+        Sampling(max_tokens=1, temperature=0.5, top_p=1e-6),
+        Sampling(max_tokens=1, temperature=0.5, min_p=1.0),
+    ):
+        found = draw(logits, [asked] * rows, [1] * rows, [2] * rows, cap=30.0)[0]
+        assert 5 <= found[0] < 9
+        assert found[1:] == greedy[1:]
+
+
 def test_greedy_rows_take_the_first_of_the_largest(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sample, "_PROGRAMS", 8)  # two splits, of two tiles and one
     logits = random(4, 9001).half()

@@ -87,7 +87,7 @@ class Driver:
             "MemoryInfo", "Name", "UtilizationRates", "PowerUsage", "PowerManagementLimit",
             "CurrentClocksEventReasons", "ComputeRunningProcesses", "RemappedRows",
             "RetiredPages", "RetiredPagesPendingStatus", "Temperature",
-            "TemperatureThreshold", "TotalEccErrors",
+            "TemperatureThreshold", "TotalEccErrors", "UUID", "MigMode",
         ):  # fmt: skip
             played[f"nvmlDeviceGet{name}"] = self.answer(f"nvmlDeviceGet{name}")
         for name, function in played.items():
@@ -188,6 +188,41 @@ def test_a_lost_card_hides_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [gpu.index for gpu in found.gpus] == [2]
     assert found.problem is not None
     assert "hides 2 of 3" in found.problem
+
+
+@pytest.mark.parametrize(
+    ("visible", "shown"),
+    [
+        ("GPU-8932f937-d72c-4106-c12f-20bd9faed9f6", [1]),
+        ("GPU-1d7, 2", [0, 2]),  # the beginning of one will do
+        ("GPU-77", []),
+        ("MIG-8932f937", []),
+    ],
+)
+def test_gpus_may_be_shown_by_uuid(visible: str, shown: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    cards = [plain() for _ in range(3)]
+    for card, uuid in zip(cards, ("GPU-1d7a", "GPU-8932f937-d72c-4106-c12f-20bd9faed9f6"), strict=False):
+        card.answers["nvmlDeviceGetUUID"] = uuid
+    Driver([*cards, Card({}, lost=True)]).install(monkeypatch)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    found = nvml.ask()
+    assert [gpu.index for gpu in found.gpus] == shown
+    assert found.problem is not None
+    assert found.problem.endswith(f"CUDA_VISIBLE_DEVICES={visible} hides {4 - len(shown)} of 4")
+
+
+def test_a_divided_gpu_is_left_out_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its memory is that of all its parts, of which CUDA sees one."""
+    divided, whole = plain(), plain()
+    divided.answers["nvmlDeviceGetMigMode"], whole.answers["nvmlDeviceGetMigMode"] = [1, 1], [0, 1]
+    divided.answers["nvmlDeviceGetMemoryInfo"] = lambda *_: (_ for _ in ()).throw(
+        refused(pynvml.NVML_ERROR_NO_PERMISSION)
+    )
+    Driver([divided, whole]).install(monkeypatch)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    found = nvml.ask()
+    assert [gpu.index for gpu in found.gpus] == [1]
+    assert found.problem == "GPU 0 is divided (MIG), and only whole ones are given to replicas"
 
 
 def test_no_driver_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
