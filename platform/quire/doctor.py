@@ -568,6 +568,14 @@ def _judge_kernels(report: Report) -> Iterator[Finding]:
             f"the native kernels for CPUs cannot be used, models run slowly there: {native['reason']}",
             "they need a processor with AVX2, and once a C++ compiler (g++, clang++, or what CXX names)",
         )
+    on_gpus = next((backend for backend in kernels["backends"] if backend["name"] == "triton"), None)
+    if kernels["gpus"] and on_gpus is not None and not on_gpus["available"]:
+        yield Finding(
+            "error",
+            "kernels",
+            f"the kernels for GPUs cannot be used, no model runs there: {on_gpus['reason']}",
+            "install triton, and once a C compiler (gcc, clang, or what CC names) and the headers of Python",
+        )
     if report["devices"]["gpus"] and not kernels["gpus"]:
         yield _unseen(report["devices"], kernels["cuda"])
 

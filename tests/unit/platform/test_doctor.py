@@ -70,9 +70,20 @@ def _with_gpu(**health: Any) -> Callable[[Report], None]:
 
     def change(report: Report) -> None:
         report["devices"]["gpus"] = [GPU | health]
-        report["kernels"]["gpus"] = 1
+        report["kernels"].update(gpus=1, backends=[{"name": "triton", "available": True, "reason": None}])
 
     return change
+
+
+def _without_compiler(report: Report) -> None:
+    """As in an image with a driver and torch, and not more."""
+    reason = "BackendUnavailable: Triton cannot speak to the driver: RuntimeError: Failed to find C compiler."
+    kernels = [
+        {"name": "reference", "available": True, "reason": None},
+        {"name": "triton", "available": False, "reason": reason},
+    ]
+    report["devices"]["gpus"] = [GPU]
+    report["kernels"].update(gpus=1, backends=kernels)
 
 
 def _old_driver(report: Report) -> None:
@@ -115,6 +126,7 @@ WRONG: dict[str, tuple[Callable[[Report], None], str, str, str]] = {
         ]),
         "warning", "no C++ compiler is installed", "g++",
     ),
+    "for gpus": (_without_compiler, "error", "no model runs there: BackendUnavailable: Triton", "a C compiler"),
     "gpu": (
         _set("devices", "gpus", value=[GPU]), "error", "sees 1 GPU, torch none: it is built", "install a torch",
     ),
