@@ -126,7 +126,9 @@ class StepProgram:
 
     def launched(self, words: Tensor, count: int, token_ids: Tensor) -> Tensor:
         """`mixed`, kernel by kernel, for a step of any number of tokens."""
-        spans = [(first, many) for _, first, many, _ in words[:count].tolist()]
+        # as if all were as long as can be: for fewer splits of keys the kernel would be another one, and some step
+        # would wait seconds for it
+        spans = [(self._max_model_len - many, many) for _, _, many, _ in words[:count].tolist()]
         buffers = MixedBuffers.allocate(
             token_ids.shape[0], count, self._table.tables, self._block_size, self._max_model_len, spans
         )

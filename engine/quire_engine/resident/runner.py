@@ -128,10 +128,9 @@ class ResidentRunner:
         self._tune(self._stream)
         if self._stream is None:
             return
-        # for other numbers of sequences the attention kernel is another one
         others = self._table.seats - 1
-        for singles in sorted({min(count, others) for count in (1, 4, 8, 16, 24, 64, others)}):
-            self._rehearse(singles, 2)
+        for sequences in self._crowds():
+            self._rehearse(sequences - 1, 2)
         self._rehearse(min(1, others), max(2, self._max_num_batched_tokens - 1))
         self.program.warm_up(seconds)
         torch.cuda.synchronize()
@@ -169,6 +168,13 @@ class ResidentRunner:
                 log.info("tiling of %s: %s, %.1f us for %.1f", name, tuple(taken), after * 1e6, before * 1e6)
         if self.tuned.families:
             log.info("%s", self.tuned)
+
+    def _crowds(self) -> list[int]:
+        """Numbers of sequences of a launched step whose attention is by kernels of its own, the fewest of each."""
+        kernels, most = self._model.kernels, self._table.seats
+        if not isinstance(kernels, TritonKernels):
+            return [most]
+        return kernels.crowds(self._model.profile.num_kv_heads, most)
 
     def _rehearse(self, singles: int, longest: int) -> None:
         """Launch a step of padding, as if it were that many sequences with one new token, and one with more."""

@@ -26,7 +26,7 @@ from quire_kernels.errors import BackendUnavailable, KernelError
 from quire_kernels.paging import PagedBatch
 from quire_kernels.quantized import Activations, Fp8Weight, QuantizedWeight
 from quire_kernels.reference import rounded
-from quire_kernels.triton import attention_cuts, gate, heads, norm, rotation, tokens
+from quire_kernels.triton import attention, attention_cuts, gate, heads, norm, rotation, tokens
 from quire_kernels.triton.attention import COUNTERS, Chip, StepAttention
 from quire_kernels.triton.experts import TritonExperts, route
 from quire_kernels.triton.product import TritonProduct
@@ -245,6 +245,11 @@ class TritonKernels:
         if report.measured:
             torch.cuda.empty_cache()  # of pools that are gone
         return report
+
+    def crowds(self, kv_heads: int, most: int) -> list[int]:
+        """Numbers of sequences, up to `most`, with each of which the kernels of attention over `kv_heads` are
+        others than with fewer."""
+        return attention.crowds(self._chip.multiprocessors, kv_heads, most)
 
     @property
     def card(self) -> dict[str, str | int]:

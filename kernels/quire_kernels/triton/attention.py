@@ -628,6 +628,13 @@ def rung_of(multiprocessors: int, rows: int) -> int:
     return next((rung for rung in rungs(multiprocessors) if rows <= rung), 0)
 
 
+def crowds(multiprocessors: int, kv_heads: int, most: int) -> list[int]:
+    """Numbers of sequences, up to `most`, with each of which `_decode` or `_prefill` is another kernel than with
+    fewer: rungs are those of splits."""
+    first = {rung_of(multiprocessors, count * kv_heads): count for count in range(most, 0, -1)}
+    return sorted({*first.values(), *(count + 1 for count in (1, *_ITEMS) if count < most)})
+
+
 def num_splits(num_multiprocessors: int, rows: int, longest: int) -> int:
     """Into how many parts the keys of each of `rows` pairs of a sequence and a head are cut, of at most `longest`
     keys: four small programs for each multiprocessor, or one alone for each pair where that leaves few idle.

@@ -26,7 +26,7 @@ from quire_engine.runner import ModelRunner
 from quire_engine.step import Draw, Scheduled, StepPlan
 from quire_kernels import load
 from quire_kernels.reference import ReferenceKernels
-from quire_kernels.triton import INTERPRETED, TritonKernels, experts, sample
+from quire_kernels.triton import INTERPRETED, TritonKernels, attention, experts, sample
 from quire_kernels.triton.attention import num_splits
 from quire_kernels.tuning import Choices
 from quire_schemas import gpu_sizing, sizing
@@ -337,6 +337,42 @@ def test_tilings_are_timed_of_what_steps_look_up(
     assert {family.kernel for family in timed} >= {"attention.decode", "attention.prompts", "product"}
     assert any(family[0] == "product" for family in asked)
     assert asked <= timed
+
+
+class Watched:
+    """A kernel, and by which of its constants it is another one for other numbers and lengths of sequences."""
+
+    def __init__(self, kernel: Any, seen: set[tuple[Any, ...]]) -> None:
+        self._kernel, self._seen = kernel, seen
+
+    def __getitem__(self, grid: Any) -> Callable[..., Any]:
+        def launch(*given: Any, **options: Any) -> Any:
+            self._seen.add(tuple(options.get(name) for name in ("ITEMS", "SPLITS", "BLOCK_N", "num_warps")))
+            return self._kernel[grid](*given, **options)
+
+        return launch
+
+
+@pytest.mark.parametrize("length", [50, 150, LENGTH])
+def test_no_launched_step_needs_a_kernel_that_was_not_rehearsed(
+    length: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some step would wait until it is compiled, and everybody with it."""
+    _, runner = runner_of(tmp_path, MANY_HEADS, 100)
+    runner._resize(99)
+    seen = set[tuple[Any, ...]]()
+    for name in ("_decode", "_prefill"):
+        monkeypatch.setattr(attention, name, Watched(getattr(attention, name), seen))
+    with torch.inference_mode():
+        for sequences in runner._crowds():
+            runner._rehearse(sequences - 1, 2)
+        rehearsed = frozenset(seen)
+        for sequences in range(2, 100):
+            counts = (*(1,) * (sequences - 1), 9)
+            words = torch.tensor([(-1, length - count, count, 1) for count in counts], dtype=torch.int32)
+            runner.program.launched(words, sequences, torch.zeros(sum(counts), dtype=torch.int32))
+    assert seen == rehearsed
+    assert len(rehearsed) >= 2 + 2 + (not INTERPRETED), "of prompts for more than 64, and of several splits"
 
 
 def test_the_two_sides_agree_on_the_room_of_splits() -> None:
