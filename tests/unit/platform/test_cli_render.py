@@ -449,12 +449,13 @@ def test_a_list_of_sources_shows_what_is_not_as_wished() -> None:
 def test_a_started_control_plane_inherits_no_secret_but_the_hubs_and_no_python_setting() -> None:
     shell = {
         "PATH": "/bin", "HOME": "/h", "LC_ALL": "C", "QUIRE_STATE_DIR": "/s", "HF_HOME": "/hf",
-        "HF_TOKEN": "hf", "AWS_SECRET_ACCESS_KEY": "secret", "PYTHONPATH": "/evil", "LD_PRELOAD": "/evil.so",
+        "CC": "/cc", "CXX": "/c++", "HF_TOKEN": "hf",
+        "AWS_SECRET_ACCESS_KEY": "secret", "PYTHONPATH": "/evil", "LD_PRELOAD": "/evil.so",
         "OTEL_EXPORTER_OTLP_HEADERS": "secret", "OTEL_EXPORTER_OTLP_TRACES_HEADERS": "secret",
         "OTEL_EXPORTER_OTLP_CLIENT_KEY": "/key", "OTEL_EXPORTER_OTLP_TRACES_CLIENT_CERTIFICATE": "/pem",
         "OTEL_TRACES_EXPORTER": "otlp", "OTEL_EXPORTER_OTLP_ENDPOINT": "http://localhost:4318",
     }  # fmt: skip
-    passed_on = {"PATH", "HOME", "LC_ALL", "QUIRE_STATE_DIR", "HF_HOME", "HF_TOKEN"}
+    passed_on = {"PATH", "HOME", "LC_ALL", "QUIRE_STATE_DIR", "HF_HOME", "HF_TOKEN", "CC", "CXX"}
     passed_on |= {"OTEL_TRACES_EXPORTER", "OTEL_EXPORTER_OTLP_ENDPOINT"}
     assert set(clean_environment(shell)) == passed_on
 
