@@ -19,8 +19,9 @@ nothing.
 
 A block of the cache holds [K, P, D] here: the slots of one head lie side by side. In 8 bits scales follow
 (`bytes`): the scales of keys are multiplied in behind their products, those of values before theirs. In int8
-queries are rounded like keys, and products are whole numbers. In e4m3 queries stay as they are; both halves of a
-head come out of the same words, and each is a product of its own.
+queries are rounded like keys, and products are whole numbers; values come as words of two neighbours, and even and
+odd numbers of a head are products of their own, which meet when all keys are seen. In e4m3 queries stay as they
+are; both halves of a head come out of the same words, and each is a product of its own.
 
 Legend: T tokens, S sequences, H query heads, K key/value heads, G = H / K, D head size, N blocks, P slots a block,
 X splits.
@@ -40,7 +41,7 @@ from torch import Tensor
 
 from quire_kernels.paging import PagedBatch
 from quire_kernels.reference.bytes import E4M3, LARGEST
-from quire_kernels.triton.bytes import halves_of, rounded
+from quire_kernels.triton.bytes import halves_of, neighbours_of, rounded
 from quire_kernels.triton.launch import dependent, fetch, wait
 from quire_kernels.triton.tanh import tanh
 from quire_kernels.tuning import Choices, named
@@ -106,23 +107,25 @@ def _tile(
     """One tile of keys `start` … of a sequence, taken into the online softmax. Rows see keys `row_low` to
     `row_last`; those of the tile outside `low` to `high` are not read. MASKED: a row may not see all of the tile.
     GUARDED: a row may have seen none yet. WORDS: `q` and `acc` are of the first halves of heads, `q_high` and
-    `acc_high` of the others, and BLOCK_D is for a half; else those two are nothing.
-    CAP: the soft cap in powers of two, and `scale` is over it; or 0."""
+    `acc_high` of the others, and BLOCK_D is for a half. BYTES: `acc` is of a head's even numbers, `acc_high` of its
+    odd ones. Else those are nothing. CAP: the soft cap in powers of two, and `scale` is over it; or 0."""
     dims = tl.arange(0, BLOCK_D)
     places = start + tl.arange(0, BLOCK_N)
     there = (places >= low) & (places < high)
     blocks = tl.load(table + places // P, mask=there, other=0).to(tl.int64)
+    if BYTES or WORDS:
+        slot = head * P + places % P
+        words = blocks * (P * kv_heads * (D // 2 + 2)) + slot * (D // 2)
+        beside = blocks * (P * kv_heads * (D + 4) // 4) + P * kv_heads * D // 4 + slot
     if BYTES:
-        at = blocks * (P * kv_heads * (D + 4)) + (head * P + places % P) * D
-        beside = blocks * (P * kv_heads * (D + 4) // 4) + P * kv_heads * D // 4 + head * P + places % P
+        at = blocks * (P * kv_heads * (D + 4)) + slot * D
         k = tl.load(keys + at[None, :] + dims[:, None], mask=there[None, :] & (dims < D)[:, None], other=0)
         k_scale = tl.load(key_scales + beside, mask=there, other=0.0)
         # whole numbers, exactly
         scores = tl.dot(q, k, out_dtype=tl.int32).to(tl.float32) * (q_scale[:, None] * k_scale[None, :])
     elif WORDS:
-        at = blocks * (P * kv_heads * (D // 2 + 2)) + (head * P + places % P) * (D // 2)
-        beside = blocks * (P * kv_heads * (D + 4) // 4) + P * kv_heads * D // 4 + head * P + places % P
-        k = tl.load(keys + at[None, :] + dims[:, None], mask=there[None, :] & (dims < D // 2)[:, None], other=0)
+        inside = there[None, :] & (dims < D // 2)[:, None]
+        k = tl.load(keys + words[None, :] + dims[:, None], mask=inside, other=0)
         k_scale = tl.load(key_scales + beside, mask=there, other=0.0)
         k_low, k_high = halves_of(k, NUMBER)
         scores = tl.dot(q, k_low, input_precision=PRECISION)
@@ -145,28 +148,26 @@ def _tile(
     weights = tl.exp2(scores * factor - shift[:, None])
     fade = tl.exp2(state_max - shift)
     state_sum = state_sum * fade + tl.sum(weights, 1)
-    WIDTH: tl.constexpr = D // 2 if WORDS else D
-    v = tl.load(values + at[:, None] + dims[None, :], mask=there[:, None] & (dims < WIDTH)[None, :], other=0)
-    v_high = v
-    if WORDS:
-        v, v_high = halves_of(v, NUMBER)
-        acc_high = acc_high * fade[:, None]
     acc = acc * fade[:, None]
     if BYTES or WORDS:
+        pairs = tl.arange(0, BLOCK_D // 2 if BYTES else BLOCK_D)
+        inside = there[:, None] & (pairs < D // 2)[None, :]
+        v = tl.load(values + words[:, None] + pairs[None, :], mask=inside, other=0)
+        v_low, v_high = neighbours_of(v, NUMBER) if BYTES else halves_of(v, NUMBER)
         v_scale = tl.load(value_scales + beside, mask=there, other=0.0)
+        acc_high = acc_high * fade[:, None]
         if tl.float16 == NUMBER:  # which has no room for small weights times small scales
             peak = tl.max(v_scale, 0)
             peak = tl.where(peak > 0.0, peak, 1.0)
             weights *= (v_scale / peak)[None, :]
-            acc += tl.dot(weights.to(NUMBER), v.to(NUMBER)) * peak
-            if WORDS:
-                acc_high += tl.dot(weights.to(NUMBER), v_high) * peak
+            acc += tl.dot(weights.to(NUMBER), v_low) * peak
+            acc_high += tl.dot(weights.to(NUMBER), v_high) * peak
         else:
             weights *= v_scale[None, :]
-            acc = tl.dot(weights.to(NUMBER), v.to(NUMBER), acc, input_precision=PRECISION)
-            if WORDS:
-                acc_high = tl.dot(weights.to(NUMBER), v_high, acc_high, input_precision=PRECISION)
+            acc = tl.dot(weights.to(NUMBER), v_low, acc, input_precision=PRECISION)
+            acc_high = tl.dot(weights.to(NUMBER), v_high, acc_high, input_precision=PRECISION)
     else:
+        v = tl.load(values + at[:, None] + dims[None, :], mask=there[:, None] & (dims < D)[None, :], other=0)
         acc = tl.dot(weights.to(NUMBER), v.to(NUMBER), acc, input_precision=PRECISION)
     return new_max, state_sum, acc, acc_high
 
@@ -277,7 +278,7 @@ def _decode(
             at += blocks * (P * kv_heads * 2)
         for number in tl.static_range(0, WIDTH, LINE):
             fetch(keys + at + number)
-            fetch(values + at + number)
+            fetch(values + ((at + number) // 2 if BYTES else at + number))
     wait(DEPENDENT)
     if (begin >= end) | (not alone):
         return
@@ -291,12 +292,13 @@ def _decode(
     q_high, acc_high = q_scale, q_scale
     if BYTES:
         q, q_scale = rounded(q.to(tl.float32))
+        acc_high = tl.zeros([ROWS, BLOCK_D // 2], tl.float32)
     if WORDS:
         q_high = tl.load(query + (base + heads[:, None]) * D + D // 2 + dims[None, :], mask=inside, other=0.0)
         acc_high = tl.zeros([ROWS, BLOCK_D], tl.float32)
     state_max = tl.full([ROWS], float("-inf"), tl.float32)
     state_sum = tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    acc = tl.zeros([ROWS, BLOCK_D // 2 if BYTES else BLOCK_D], tl.float32)
     nothing = tl.zeros([ROWS], tl.int32)
     # whole tiles first: they need no mask
     whole = begin + (end - begin) // BLOCK_N * BLOCK_N
@@ -314,6 +316,8 @@ def _decode(
             begin, end, nothing + end - 1, nothing, head,
             kv_heads, scale, True, False, CAP, BYTES, WORDS, NUMBER, P, D, BLOCK_D, BLOCK_N, PRECISION,
         )  # fmt: skip
+    if BYTES:
+        acc = tl.interleave(acc, acc_high)
     if SPLITS == 1:
         if SINKS:
             sink = tl.load(sinks + heads, mask=members < G, other=0.0)
@@ -422,6 +426,7 @@ def _prefill(
         q_high, acc_high = q_scale, q_scale
         if BYTES:
             q, q_scale = rounded(q.to(tl.float32))
+            acc_high = tl.zeros([BLOCK_Q * BLOCK_G, BLOCK_D // 2], tl.float32)
         if WORDS:
             q_high = tl.load(query + at[:, None] + D // 2 + dims[None, :], mask=inside, other=0.0)
             acc_high = tl.zeros([BLOCK_Q * BLOCK_G, BLOCK_D], tl.float32)
@@ -438,7 +443,7 @@ def _prefill(
         table = tables + table_row.to(tl.int64) * table_width
         state_max = tl.full([BLOCK_Q * BLOCK_G], float("-inf"), tl.float32)
         state_sum = tl.zeros([BLOCK_Q * BLOCK_G], tl.float32)
-        acc = tl.zeros([BLOCK_Q * BLOCK_G, BLOCK_D], tl.float32)
+        acc = tl.zeros([BLOCK_Q * BLOCK_G, BLOCK_D // 2 if BYTES else BLOCK_D], tl.float32)
         begin = low // BLOCK_N * BLOCK_N
         # tiles that every row sees whole need no mask
         plain = begin
@@ -458,6 +463,8 @@ def _prefill(
                 low, high, row_last, row_low, head,
                 kv_heads, scale, True, WINDOW > 0, CAP, BYTES, WORDS, NUMBER, P, D, BLOCK_D, BLOCK_N, PRECISION,
             )  # fmt: skip
+        if BYTES:
+            acc = tl.interleave(acc, acc_high)
         if SINKS:
             sink = tl.load(sinks + head * G + members, mask=members < G, other=0.0)
             state_sum = _with_sinks(state_sum, state_max, sink)
@@ -671,9 +678,13 @@ def prefill_tuning(chip: Chip, head_dim: int, number: torch.dtype, kept: torch.d
     return {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 3, "PROGRAMS": 1}
 
 
-def _numbers(cache: Tensor) -> Tensor:
-    """Both sides of a cache as the numbers in it are read, [2, …]."""
-    return cache.view(torch.int16) if cache.dtype == E4M3 else cache
+def _numbers(cache: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values of a cache as the numbers in them are read."""
+    keys, values = cache
+    return (
+        keys.view(torch.int16) if cache.dtype == E4M3 else keys,
+        values.view(torch.int16) if cache.dtype in LARGEST else values,
+    )
 
 
 def _scales(cache: Tensor) -> Tensor:

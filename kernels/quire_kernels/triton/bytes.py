@@ -11,6 +11,10 @@ words, not bytes: so words are moved, and each becomes two numbers where it arri
 where a wider format has its lowest exponent bits stand for 2^-8 (float16) or 2^-120 (bfloat16) of the number, also
 where it has no leading one, and a product with a power of two is exact. No GPU needs to know e4m3.
 
+In int8 a word has two neighbours: bytes lie as they do without words, so keys are read byte by byte, as the tensor
+cores take them, and values in words (`neighbours_of`). 2^7 + (a mod 2^7) and 2^7 + (2^7 if a < 0) are the byte's
+bits below those of 2^7 in bfloat16, each by one mask, and their difference is a; in float16 it is 2^10.
+
 Legend: R rows, K key/value heads, P slots a block, D numbers of a row.
 """
 
@@ -56,6 +60,31 @@ TO_FLOAT16 = tl.constexpr("""{
 }""")
 """Of two words of e4m3 in $2 the numbers in their lower bytes, $0, and in their upper ones, $1. These are written
 last, for they may be where $2 is."""
+
+NEIGHBOURS_TO_BFLOAT16 = tl.constexpr("""{
+    .reg .b32 low, high, low_sign, high_sign, minus, base;
+    mov.b32 minus, 0xbf80bf80;
+    mov.b32 base, 0x43004300;
+    shr.b32 high, $2, 8;
+    lop3.b32 low, $2, 0x007f007f, base, 0xea;
+    lop3.b32 low_sign, $2, 0x00800080, base, 0xea;
+    lop3.b32 high_sign, high, 0x00800080, base, 0xea;
+    lop3.b32 high, high, 0x007f007f, base, 0xea;
+    fma.rn.bf16x2 $0, low_sign, minus, low;
+    fma.rn.bf16x2 $1, high_sign, minus, high;
+}""")
+NEIGHBOURS_TO_FLOAT16 = tl.constexpr("""{
+    .reg .b32 low, high, low_sign, high_sign, base;
+    mov.b32 base, 0x64006400;
+    shr.b32 high, $2, 8;
+    lop3.b32 low, $2, 0x007f007f, base, 0xea;
+    lop3.b32 low_sign, $2, 0x00800080, base, 0xea;
+    lop3.b32 high_sign, high, 0x00800080, base, 0xea;
+    lop3.b32 high, high, 0x007f007f, base, 0xea;
+    sub.f16x2 $0, low, low_sign;
+    sub.f16x2 $1, high, high_sign;
+}""")
+"""The same of two words of int8. 0xea: (a & b) | c."""
 
 
 @triton.jit
@@ -114,6 +143,25 @@ def halves_of(words, NUMBER: tl.constexpr):
         wide = words.to(tl.int32)
         low = (((wide << 7) & 0x3F80) | ((wide << 8) & 0x8000)).to(tl.int16).to(tl.float16, bitcast=True) * 256.0
         high = (((wide >> 1) & 0x3F80) | (wide & 0x8000)).to(tl.int16).to(tl.float16, bitcast=True) * 256.0
+    return low.to(NUMBER), high.to(NUMBER)
+
+
+@triton.jit
+def neighbours_of(words, NUMBER: tl.constexpr):
+    """The whole numbers in the lower and in the upper bytes of `words` int16, as NUMBER, exactly."""
+    if NATIVE and tl.bfloat16 == NUMBER:
+        low, high = tl.inline_asm_elementwise(
+            NEIGHBOURS_TO_BFLOAT16,
+            "=r,=r,r", [words], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=2,
+        )  # fmt: skip
+    elif NATIVE:
+        low, high = tl.inline_asm_elementwise(
+            NEIGHBOURS_TO_FLOAT16,
+            "=r,=r,r", [words], dtype=(tl.float16, tl.float16), is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        wide = words.to(tl.int32)
+        low, high = (wide << 24) >> 24, wide >> 8
     return low.to(NUMBER), high.to(NUMBER)
 
 

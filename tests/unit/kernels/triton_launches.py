@@ -217,7 +217,7 @@ LAUNCHES: list[Callable[[], Any]] = [
     lambda: attend([1] * 64, 999, 8, 2, 128, H200, None),
     lambda: attend([1, 40], 99, 8, 4, 128, A100, None),
     lambda: attend([1, 40], 99, 8, 4, 128, H200, None, torch.int8),
-    lambda: attend([1] * 64, 999, 8, 4, 128, H200, None, torch.int8),
+    lambda: in_words(partial(attend, [1] * 64, 999, 8, 4, 128, H200, None, torch.int8)),
     lambda: attend([1, 40], 99, 8, 4, 128, A100, None, E4M3),
     lambda: in_words(partial(attend, [1] * 64, 999, 8, 4, 128, H200, None, E4M3)),
     lambda: attend([1, 40], 99, 8, 2, 256, H200, None, softcap=50.0),  # Gemma 2

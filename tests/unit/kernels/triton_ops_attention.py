@@ -23,7 +23,15 @@ from quire_kernels.reference.attention import StepAttention as Reference
 from quire_kernels.reference.bytes import E4M3, SCALE_BYTES, to_bytes
 from quire_kernels.triton import INTERPRETED, TritonKernels
 from quire_kernels.triton.attention import COUNTERS, Chip, StepAttention, num_splits
-from quire_kernels.triton.bytes import TO_BFLOAT16, TO_FLOAT16, e4m3_of, halves_of
+from quire_kernels.triton.bytes import (
+    NEIGHBOURS_TO_BFLOAT16,
+    NEIGHBOURS_TO_FLOAT16,
+    TO_BFLOAT16,
+    TO_FLOAT16,
+    e4m3_of,
+    halves_of,
+    neighbours_of,
+)
 from quire_kernels.triton.step import LAST, MixedBuffers, StepBuffers, prepare, prepare_mixed
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -220,6 +228,11 @@ def _by_hand(program: str, words: torch.Tensor, dtype: torch.dtype) -> dict[str,
                 held[to] = (x.long() << more[0]).to(torch.int32)
             case "shr.b32":
                 held[to] = ((x.long() & 0xFFFFFFFF) >> more[0]).to(torch.int32)
+            case "lop3.b32":
+                assert given[3] == "0xea", line
+                held[to] = x & more[0] | more[1]
+            case "sub.f16x2":
+                held[to] = (x.view(dtype) - more[0].view(dtype)).view(torch.int32)
             case "mul.f16x2" | "fma.rn.bf16x2":
                 product, *rest = (each.view(dtype).view(-1, 2) for each in (x, *more))
                 product = product * rest[0]
@@ -237,6 +250,35 @@ def test_the_instructions_that_unpack_e4m3_by_hand(program: Any, dtype: torch.dt
     found = _by_hand(program.value, octets.view(torch.int32), dtype)
     for name, side in (("$0", 0), ("$1", 1)):
         expected = octets.view(-1, 2)[:, side].contiguous().view(E4M3).to(dtype)
+        assert torch.equal(found[name].view(torch.int16), expected.view(torch.int16)), name
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _apart(to, words, NUMBER: tl.constexpr, COUNT: tl.constexpr):  # type: ignore[no-untyped-def]
+    at = tl.program_id(0) * COUNT + tl.arange(0, COUNT)
+    low, high = neighbours_of(tl.load(words + at), NUMBER)
+    tl.store(to + 2 * at, low)
+    tl.store(to + 2 * at + 1, high)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_two_neighbours_in_int8_are_read_bit_by_bit(dtype: torch.dtype) -> None:
+    octets = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16).view(torch.int8).to(DEVICE)
+    found = torch.empty(1 << 17, dtype=dtype, device=DEVICE)
+    number = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[dtype]
+    _apart[(16,)](found, octets.view(torch.int16), NUMBER=number, COUNT=4096)
+    assert torch.equal(found, octets.to(dtype))
+    assert not (found == 0).logical_and(found.signbit()).any()
+
+
+@pytest.mark.parametrize(
+    ("program", "dtype"), [(NEIGHBOURS_TO_BFLOAT16, torch.bfloat16), (NEIGHBOURS_TO_FLOAT16, torch.float16)]
+)
+def test_the_instructions_that_unpack_int8_by_hand(program: Any, dtype: torch.dtype) -> None:
+    octets = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16).view(torch.int8)
+    found = _by_hand(program.value, octets.view(torch.int32), dtype)
+    for name, side in (("$0", 0), ("$1", 1)):
+        expected = octets.view(-1, 2)[:, side].contiguous().to(dtype)
         assert torch.equal(found[name].view(torch.int16), expected.view(torch.int16)), name
 
 
