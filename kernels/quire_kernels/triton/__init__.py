@@ -48,6 +48,20 @@ INTERPRETED: bool = knobs.runtime.interpret
 """Whether kernels run on a CPU: decided at import, as each kernel is."""
 
 
+_OLDEST = (8, 0)
+"""Compute capability that kernels are made for, and later ones: Ampere has bfloat16 and copies that run beside."""
+
+
+def require(name: str, capability: tuple[int, int]) -> None:
+    """Raises `BackendUnavailable` of a card that is too old."""
+    if capability < _OLDEST:
+        raise BackendUnavailable(
+            f"{name} has compute capability {capability[0]}.{capability[1]}, and the kernels need {_OLDEST[0]}."
+            f"{_OLDEST[1]} or later. hint: use an Ampere card or a newer one (A10, L4, RTX 30 and later), or "
+            "spec.engine.device: cpu"
+        )
+
+
 _Made = TypeVar("_Made", TritonProduct, TritonQuantizedProduct, TritonScaledProduct, TritonExperts)
 
 
@@ -98,6 +112,8 @@ class TritonKernels:
         if not INTERPRETED and not torch.cuda.is_available():
             raise BackendUnavailable("torch sees no CUDA device")
         self._chip = Chip(8, 227 * 1024) if INTERPRETED else _chip()
+        if not INTERPRETED:
+            require(torch.cuda.get_device_name(), torch.cuda.get_device_capability())
         # here, so that no captured graph has it in its own memory
         self._counters = torch.zeros(COUNTERS, dtype=torch.int32, device="cpu" if INTERPRETED else "cuda")
         self._room = Room(self._counters.device)
@@ -108,7 +124,7 @@ class TritonKernels:
         """What has tilings of its own."""
 
     def product(self, weight: Tensor, bias: Tensor | None) -> Product:
-        return self._with_tilings(TritonProduct(weight, bias, self._chip.choices))
+        return self._with_tilings(TritonProduct(weight, bias, self._chip.shared_bytes, self._chip.choices))
 
     def quantized_product(
         self, weight: QuantizedWeight, bias: Tensor | None, activations: Activations, dtype: torch.dtype

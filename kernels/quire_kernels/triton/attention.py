@@ -107,8 +107,8 @@ def _tile(
     """One tile of keys `start` … of a sequence, taken into the online softmax. Rows see keys `row_low` to
     `row_last`; those of the tile outside `low` to `high` are not read. MASKED: a row may not see all of the tile.
     GUARDED: a row may have seen none yet. WORDS: `q` and `acc` are of the first halves of heads, `q_high` and
-    `acc_high` of the others, and BLOCK_D is for a half. BYTES: `acc` is of a head's even numbers, `acc_high` of its
-    odd ones. Else those are nothing. CAP: the soft cap in powers of two, and `scale` is over it; or 0."""
+    `acc_high` of the others, and BLOCK_D is for a half. BYTES: `acc` is of a head's even numbers, `acc_high` of
+    its odd ones. Else those are nothing. CAP: the soft cap in powers of two, and `scale` is over it; or 0."""
     dims = tl.arange(0, BLOCK_D)
     places = start + tl.arange(0, BLOCK_N)
     there = (places >= low) & (places < high)
@@ -670,7 +670,8 @@ def prefill_tuning(chip: Chip, head_dim: int, number: torch.dtype, kept: torch.d
     a multiprocessor holds. Found like those of `_decode`.
     """
     if number.itemsize > 2:
-        return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2, "PROGRAMS": 2}
+        block_n = 16 if head_dim > 128 and chip.shared_bytes < _ROOMY else 32
+        return {"BLOCK_M": 32, "BLOCK_N": block_n, "num_warps": 4, "num_stages": 2, "PROGRAMS": 2}
     if head_dim > 128:
         return {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2, "PROGRAMS": 2}
     if chip.shared_bytes < _ROOMY or kept in LARGEST:

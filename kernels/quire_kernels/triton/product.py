@@ -93,14 +93,19 @@ def tiling_for(rows: int, outputs: int, width: int) -> Tiling:
     return Tiling(4, 512, 2, 1)
 
 
-def default_for(rows: int, outputs: int, width: int) -> Tiling:
-    """The tiling of a product that was not timed here, or `CUBLAS`."""
-    return tiling_for(rows, outputs, width) if is_own(rows, outputs, width) else CUBLAS
+def default_for(rows: int, outputs: int, width: int, number_bytes: int, shared_bytes: int) -> Tiling:
+    """The tiling of a product that was not timed here, or `CUBLAS`. No more of its tiles are on their way than a
+    program may share on a multiprocessor."""
+    if not is_own(rows, outputs, width):
+        return CUBLAS
+    found = tiling_for(rows, outputs, width)
+    tile = (found.block_n + _FEW) * found.block_k * number_bytes
+    return found if rows == 1 else found._replace(num_stages=max(1, min(found.num_stages, shared_bytes // tile)))
 
 
-def candidates(rung: int, outputs: int, width: int) -> tuple[Tiling, ...]:
+def candidates(rung: int, outputs: int, width: int, number_bytes: int, shared_bytes: int) -> tuple[Tiling, ...]:
     """The default with `rung` rows, and others worth trying."""
-    default = default_for(rung, outputs, width)
+    default = default_for(rung, outputs, width, number_bytes, shared_bytes)
     return tuple(dict.fromkeys((default, *(Tiling(*sizes) for sizes in _TRIED[rung == 1]), CUBLAS)))
 
 
@@ -210,6 +215,8 @@ class TritonProduct:
 
     weight: Tensor
     bias: Tensor | None
+    shared_bytes: int
+    """That a program may share on a multiprocessor."""
     choices: Choices = field(default_factory=Choices)
     facts: tuple[str | int, ...] = field(init=False)
 
@@ -222,7 +229,9 @@ class TritonProduct:
         if rows > _FEW:
             return F.linear(x, self.weight, self.bias)
         rung = 1 if rows == 1 else 8 if rows <= 8 else 16
-        return self.cut(x, self.choices.get("product", self.facts, rung) or default_for(rows, *self.weight.shape))
+        found: Tiling | None = self.choices.get("product", self.facts, rung)
+        (outputs, width), number_bytes = self.weight.shape, self.weight.element_size()
+        return self.cut(x, found or default_for(rows, outputs, width, number_bytes, self.shared_bytes))
 
     def cut(self, x: Tensor, tiling: Tiling) -> Tensor:
         """As a call, by a tiling of one's own."""
@@ -238,7 +247,8 @@ class TritonProduct:
                 some = (min(rung, rows), width)
                 given = partial(torch.zeros, some, dtype=self.weight.dtype, device=self.weight.device)
                 family = Family("product", self.facts, rung)
-                yield Trial(family, candidates(rung, outputs, width), given, self.cut, self.weight.nbytes)
+                tried = candidates(rung, outputs, width, self.weight.element_size(), self.shared_bytes)
+                yield Trial(family, tried, given, self.cut, self.weight.nbytes)
 
     def wide(self, x: Tensor) -> Tensor:
         # rounded as the others are: a request must not see other logits because of who is beside it

@@ -15,6 +15,8 @@ from tests.effort import times
 
 HERE = Path(__file__).parent
 COMPILING = ["80", "90", "100"]
+SMALL = ["86", "89", "120"]
+"""Of which cards have less than half as much shared memory as those above."""
 BY_NIGHT = {"triton_ops_experts.py", "triton_ops_quantized.py", "triton_ops_scaled.py"}
 """Suites that take the interpreter longest; CI has those that every model needs, without their longest cases."""
 TOGETHER = {"triton_ops.py": ("triton_ops_tilings.py",)}
@@ -64,8 +66,8 @@ else:
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("capability", COMPILING)
-def test_every_launch_compiles(capability: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("capability", COMPILING + SMALL)
+def test_every_launch_compiles_and_fits(capability: str, tmp_path: Path) -> None:
     passes(["triton_launches.py", capability], TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET="0")
 
 

@@ -1,7 +1,8 @@
 """Compiles every Triton kernel for GPUs that need not be there: `python triton_launches.py 80 90 [--every]`.
 
 `LAUNCHES` calls the launchers as an engine does, on tensors nobody reads, so that what is compiled is what would
-be launched: the same dtypes, alignments and constants. A launch compiles and goes no further.
+be launched: the same dtypes, alignments and constants. A launch compiles and goes no further, and fails if it asks
+for more shared memory than cards of that capability have.
 
 Prints one line for each failure; the exit status is 1 if there was one.
 """
@@ -44,11 +45,29 @@ BF16, F32 = torch.bfloat16, torch.float32
 PLAIN, ROUNDED, IN_FLOATS = rounding.Rounding(), rounding.Rounding(), rounding.Rounding()
 ROUNDED.want(1, 1 << 30)
 IN_FLOATS.want(rounding.FLOATS, 1 << 30)
+H200, A100 = Chip(132, 227 * 1024), Chip(108, 163 * 1024)
+CARDS = {
+    80: A100,
+    86: Chip(72, 99 * 1024),  # A10
+    89: Chip(58, 99 * 1024),  # L4
+    90: H200,
+    100: Chip(148, 227 * 1024),
+    120: Chip(84, 99 * 1024),  # RTX 5080
+}
+"""One of each capability."""
+ROOMIEST = Chip(1 << 10, 1 << 30)
+here = H200
+"""The card that is compiled for."""
 COUNTED = torch.zeros(COUNTERS, dtype=torch.int32)
 
 
 def new(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
     return torch.empty(shape, dtype=dtype)
+
+
+def on_this(chip: Chip) -> Chip:
+    """No launch is told of more than its card has."""
+    return Chip(min(chip.multiprocessors, here.multiprocessors), min(chip.shared_bytes, here.shared_bytes))
 
 
 def place_heads(
@@ -76,9 +95,15 @@ def draw(rows: int, vocabulary: int, dtype: torch.dtype, cap: float | None = Non
     )
 
 
-def multiply(rows: int, outputs: int, width: int, tiling: product.Tiling | None = None) -> None:
-    x, weight, bias = new(rows, width), new(outputs, width), new(outputs) if rows > 1 else None
-    product.multiply(x, weight, bias, tiling or product.tiling_for(rows, outputs, width))
+def multiply(
+    rows: int, outputs: int, width: int, tiling: product.Tiling | None = None, dtype: torch.dtype = BF16
+) -> None:
+    x, weight = new(rows, width, dtype=dtype), new(outputs, width, dtype=dtype)
+    bias = new(outputs, dtype=dtype) if rows > 1 else None
+    default = product.default_for(rows, outputs, width, dtype.itemsize, here.shared_bytes)
+    if default == product.CUBLAS:
+        default = product.tiling_for(rows, outputs, width)
+    product.multiply(x, weight, bias, tiling or default)
 
 
 def multiply_quantized(
@@ -134,7 +159,7 @@ def through_experts(
         new(1, inner, width, dtype=dtype).expand(count, -1, -1),
         new(1, inner, width, dtype=dtype).expand(count, -1, -1),
         new(1, width, inner, dtype=dtype).expand(count, -1, -1),
-        H200.shared_bytes,
+        here.shared_bytes,
         None if clamp is None else (new(count, inner), new(count, inner), new(count, width)),
         clamp,
     )
@@ -158,6 +183,7 @@ def attend(
     kept: torch.dtype = BF16,
     softcap: float | None = None,
     sinks: bool = False,
+    number: torch.dtype = BF16,
 ) -> None:
     blocks = -(-(cached + max(counts)) // 16)
     batch = PagedBatch.build(
@@ -168,9 +194,12 @@ def attend(
         block_size=16,
     )
     held = head + 4 if kept in LARGEST else head
-    cache, query = new(2, blocks, 16, kv_heads, held, dtype=kept), new(sum(counts), kv_heads * group, head)
+    cache, query = (
+        new(2, blocks, 16, kv_heads, held, dtype=kept),
+        new(sum(counts), kv_heads * group, head, dtype=number),
+    )
     of_heads = new(kv_heads * group, dtype=F32) if sinks else None
-    StepAttention(batch, window, chip, COUNTED, softcap)(query, cache, 1.0, of_heads)
+    StepAttention(batch, window, on_this(chip), COUNTED, softcap)(query, cache, 1.0, of_heads)
 
 
 def prepare(groups: int) -> None:
@@ -179,11 +208,10 @@ def prepare(groups: int) -> None:
     step.prepare(buffers, tables, new(8, dtype=torch.int32))
     mixed = step.MixedBuffers.allocate(100, 5, tables, 16, 1024)
     step.prepare_mixed(mixed, tables, new(8, dtype=torch.int32))
-    attention = StepAttention(mixed.batches[0], None, H200, COUNTED)
+    attention = StepAttention(mixed.batches[0], None, here, COUNTED)
     attention(new(100, 8, 64), new(2, 9, 16, 2, 64), 1.0)
 
 
-H200, A100 = Chip(132, 227 * 1024), Chip(108, 163 * 1024)
 LAUNCHES: list[Callable[[], Any]] = [
     lambda: norm.rms_norm(new(3, 4096), new(4096), 1e-6, PLAIN),
     lambda: norm.add_rms_norm(new(3, 4096), new(3, 4096), new(4096), 1e-6, PLAIN),
@@ -205,6 +233,7 @@ LAUNCHES: list[Callable[[], Any]] = [
     lambda: draw(8, 151936, BF16),
     lambda: multiply(1, 4096, 4096),
     lambda: multiply(7, 4096, 4096),
+    lambda: multiply(7, 1024, 1024, dtype=F32),
     lambda: norm.add_rms_norm(new(3, 4096), new(3, 4096), new(4096), 1e-6, ROUNDED),
     lambda: gate.silu_mul(new(3, 2 * 14336), ROUNDED),
     lambda: multiply_quantized(1, 4096, 4096, 0, 1),
@@ -222,6 +251,7 @@ LAUNCHES: list[Callable[[], Any]] = [
     lambda: in_words(partial(attend, [1] * 64, 999, 8, 4, 128, H200, None, E4M3)),
     lambda: attend([1, 40], 99, 8, 2, 256, H200, None, softcap=50.0),  # Gemma 2
     lambda: attend([1, 40], 99, 8, 8, 64, H200, 128, sinks=True),  # gpt-oss
+    lambda: attend([1, 40], 99, 2, 4, 256, H200, None, F32, number=F32),
     lambda: prepare(1),
     lambda: through_experts(32, 128, 8, 2048, 768),
     lambda: through_experts(32, 32, 4, 2880, 2880, clamp=Clamp(1.702, 7.0)),
@@ -291,6 +321,8 @@ MORE: list[Callable[[], Any]] = [
     *(partial(through_experts, tokens, 128, 8, 2048, 768) for tokens in (1, 256, 2048)),
     *(partial(through_experts, tokens, 8, 2, 4096, 14336) for tokens in (1, 8, 32, 64, 256, 2048)),
     *(partial(through_experts, tokens, 5, 3, 100, 70, F32) for tokens in (1, 64)),
+]
+CANDIDATES: list[Callable[[], Any]] = [
     *(
         partial(grouped, tiling, gated)
         for gated in (True, False)
@@ -299,6 +331,7 @@ MORE: list[Callable[[], Any]] = [
     *(partial(multiply, 1, 6144, 4096, tiling) for tiling in product.ONE_ROW),
     *(partial(multiply, 16, 6144, 4096, tiling) for tiling in product.FEW_ROWS),
 ]
+"""Tilings that are tried where somebody sweeps: one that does not fit a card is left out."""
 
 
 class Nowhere:
@@ -326,8 +359,11 @@ WRITES = re.compile(r"\b(?:st|atom|red)\.global\S*")
 
 def compile_only(kernel: Any, grid: Any) -> Callable[..., Any]:
     def launched(*args: Any, **options: Any) -> None:
-        ptx = kernel.run(*args, grid=grid, warmup=True, **options).asm["ptx"]
+        compiled = kernel.run(*args, grid=grid, warmup=True, **options)
+        ptx = compiled.asm["ptx"]
         PTX.append(ptx)
+        if compiled.metadata.shared > here.shared_bytes:
+            raise RuntimeError(f"{compiled.metadata.name} shares {compiled.metadata.shared} bytes, too many here")
         if options.get("launch_pdl"):
             in_order(kernel.__name__, ptx)
 
@@ -354,13 +390,16 @@ def in_words(start: Callable[[], Any]) -> None:
 
 
 def main() -> int:
+    global here
     every = "--every" in sys.argv
     failed = 0
     KernelInterface.__getitem__ = compile_only
     for capability in (int(word) for word in sys.argv[1:] if word != "--every"):
         triton.runtime.driver.set_active(Nowhere(capability))
         launch.dependent.cache_clear()  # what it says is of one GPU
-        for number, start in enumerate(LAUNCHES + MORE * every):
+        defaults = LAUNCHES + MORE * every
+        for number, start in enumerate(defaults + CANDIDATES * every):
+            here = CARDS[capability] if number < len(defaults) else ROOMIEST
             try:
                 start()
             except Exception as error:  # noqa: BLE001 - all that fail are to be told

@@ -16,9 +16,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from quire_kernels import HeadNorms
+from quire_kernels import BackendUnavailable, HeadNorms
 from quire_kernels.reference import ReferenceKernels
-from quire_kernels.triton import INTERPRETED, TritonKernels, product, tokens
+from quire_kernels.triton import INTERPRETED, TritonKernels, product, require, tokens
 
 torch.set_num_threads(1)
 # exp(1000) is inf, on purpose; numpy, which interprets, tells each time
@@ -200,3 +200,16 @@ def test_masks_set_nothing_but_what_they_forbid(width: int) -> None:
     kernels.mask_tokens(found, rows, bits)
     reference.mask_tokens(expected, rows, bits)
     assert torch.equal(found, expected)
+
+
+def test_of_no_product_more_is_on_its_way_than_fits_a_small_card() -> None:
+    wide = product.default_for(8, 1024, 1024, 4, 99 * 1024)
+    assert (wide.block_n + 16) * wide.block_k * 4 * wide.num_stages <= 99 * 1024
+    assert product.default_for(8, 1024, 1024, 4, 227 * 1024) == product.tiling_for(8, 1024, 1024)
+    assert product.default_for(8, 1024, 1024, 2, 99 * 1024) == product.tiling_for(8, 1024, 1024)
+
+
+def test_a_card_that_is_too_old_is_refused_by_name() -> None:
+    require("NVIDIA A100", (8, 0))
+    with pytest.raises(BackendUnavailable, match=r"Tesla T4 has compute capability 7\.5.* hint: "):
+        require("Tesla T4", (7, 5))

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import triton
-from tests.unit.kernels.triton_launches import A100, BF16, COUNTED, F32, H200, PLAIN, Nowhere, new
+from tests.unit.kernels.triton_launches import BF16, CARDS, COUNTED, F32, PLAIN, Nowhere, new
 from triton.runtime.jit import KernelInterface
 
 from quire_kernels.quantized import Fp8Weight
@@ -27,7 +27,6 @@ from quire_kernels.triton import attention_cuts, experts, launch, product, quant
 from quire_kernels.triton.attention import Chip, StepAttention
 from quire_kernels.tuning import Trial
 
-CARDS = {80: A100, 90: H200, 100: Chip(148, 227 * 1024)}
 SHARED: list[int] = []
 """Bytes that the kernels share which were compiled last."""
 
@@ -61,7 +60,7 @@ def trials(chip: Chip) -> Iterator[Trial]:
         longest=2048,
         sinks=True,
     )
-    yield from product.TritonProduct(new(6144, 4096), None).trials(256)
+    yield from product.TritonProduct(new(6144, 4096), None, chip.shared_bytes).trials(256)
     outputs, width = 4096, 14336
     for size, rounds in ((0, True), (0, False), (128, False)):
         values, scales = new(outputs, width, dtype=torch.int8), new(outputs, dtype=F32)
