@@ -166,10 +166,11 @@ def gpus_text(inventory: Inventory, taken: Mapping[str, int]) -> str:
 
 
 def device_names(inventory: Inventory, kind: str, device_ids: Sequence[int] = ()) -> list[str]:
-    """The ledger's names of the devices of that kind; only those of `device_ids` if it names any."""
+    """The ledger's names of the devices of that kind that serve; only those of `device_ids` if it names any."""
     if kind == "cpu":
         return ["cpu"]
-    return [f"cuda:{gpu.index}" for gpu in inventory.gpus if not device_ids or gpu.index in device_ids]
+    some = (gpu for gpu in inventory.gpus if not device_ids or gpu.index in device_ids)
+    return [f"cuda:{gpu.index}" for gpu in some if not gpu.too_old]
 
 
 def free_places(

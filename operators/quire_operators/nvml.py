@@ -24,6 +24,8 @@ import pynvml
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
+OLDEST = (8, 0)
+"""Compute capability from which on the kernels for GPUs serve; an engine on an older card does not start."""
 WATCH_SECONDS = 5.0
 """Between two readings of a `Watch`."""
 STALE_SECONDS = 30.0
@@ -77,6 +79,12 @@ class Gpu:
     reserved: int = 0
     health: Health | None = None
     """None: nobody asked."""
+    capability: tuple[int, int] | None = None
+    """Compute capability; None: not told, or a card that was declared."""
+
+    @property
+    def too_old(self) -> bool:
+        return self.capability is not None and self.capability < OLDEST
 
     @property
     def used(self) -> int:
@@ -151,6 +159,7 @@ def _gpu(index: int, handle: Any, *, health: bool) -> Gpu:
     memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
     # drivers before 510 do not tell what they keep for themselves
     apart = _told(pynvml.nvmlDeviceGetMemoryInfo, handle, pynvml.nvmlMemory_v2)
+    capability = _told(pynvml.nvmlDeviceGetCudaComputeCapability, handle)
     return Gpu(
         index,
         str(pynvml.nvmlDeviceGetName(handle)),
@@ -158,6 +167,7 @@ def _gpu(index: int, handle: Any, *, health: bool) -> Gpu:
         int(memory.free),
         0 if apart is None else int(apart.reserved),
         _health(handle) if health else None,
+        None if capability is None else (int(capability[0]), int(capability[1])),
     )
 
 

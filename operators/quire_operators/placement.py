@@ -26,6 +26,7 @@ from typing import Any, Literal
 import msgspec
 
 from quire_operators.devices import Inventory
+from quire_operators.nvml import OLDEST
 from quire_schemas import wire
 from quire_schemas.adapters import AdapterProfile
 from quire_schemas.checkpoint import ModelProfile
@@ -418,7 +419,20 @@ def _gpu(inventory: Inventory, device_ids: list[int], own: Mapping[str, int]) ->
             f"its GPUs are: {there}",
             path="spec.placement.deviceIds",
         )
-    best = max(allowed, key=lambda gpu: gpu.available + own.get(f"cuda:{gpu.index}", 0))
+    serving = [gpu for gpu in allowed if not gpu.too_old]
+    if not serving:
+        old = ", ".join(
+            f"{gpu.name} (GPU {gpu.index}, {gpu.capability[0]}.{gpu.capability[1]})"
+            for gpu in allowed
+            if gpu.capability is not None
+        )
+        raise NoDevice(
+            "InsufficientDevices",
+            f"the kernels need compute capability {OLDEST[0]}.{OLDEST[1]} or later, and older is {old}",
+            "use an Ampere card or a newer one (A10, L4, RTX 30 and later), or declare spec.engine.device: cpu",
+            path="spec.engine.device",
+        )
+    best = max(serving, key=lambda gpu: gpu.available + own.get(f"cuda:{gpu.index}", 0))
     return f"cuda:{best.index}"
 
 

@@ -208,6 +208,19 @@ def test_a_gpu_is_taken_when_there_is_one_and_required_when_asked_for() -> None:
         placed(with_gpus, placement={"deviceIds": [5]})
 
 
+def test_a_card_that_is_too_old_is_given_nothing_and_refused_by_name_where_it_is_alone() -> None:
+    old, new = Gpu(0, "Tesla T4", 80 * GIB, 80 * GIB, capability=(7, 5)), Gpu(1, "L4", 80 * GIB, 10 * GIB)
+    new = replace(new, capability=(8, 9))
+    both = replace(CPU, gpus=(old, new))
+    assert placed(both).memory <= 10 * GIB, "the older one has more room"
+    assert free_places(both, {}, "cuda", 5 * GIB, 0.9) == ["cuda:1"] * 2
+    for machine, asked in ((replace(CPU, gpus=(old,)), {}), (both, {"placement": {"deviceIds": [0]}})):
+        with pytest.raises(NoDevice, match=r"8\.0 or later.*Tesla T4 \(GPU 0, 7\.5\)") as refused:
+            placed(machine, **asked)
+        assert "Ampere" in refused.value.hint
+    assert placed(replace(CPU, gpus=(old,)), engine={"device": "cpu"}).device == "cpu"
+
+
 WITH_GPU = replace(CPU, gpus=(Gpu(0, "g", 80 * GIB, 80 * GIB),))
 
 

@@ -87,7 +87,7 @@ class Driver:
             "MemoryInfo", "Name", "UtilizationRates", "PowerUsage", "PowerManagementLimit",
             "CurrentClocksEventReasons", "ComputeRunningProcesses", "RemappedRows",
             "RetiredPages", "RetiredPagesPendingStatus", "Temperature",
-            "TemperatureThreshold", "TotalEccErrors", "UUID", "MigMode",
+            "TemperatureThreshold", "TotalEccErrors", "UUID", "MigMode", "CudaComputeCapability",
         ):  # fmt: skip
             played[f"nvmlDeviceGet{name}"] = self.answer(f"nvmlDeviceGet{name}")
         for name, function in played.items():
@@ -122,6 +122,7 @@ FULL = Card(
         ),
         "nvmlDeviceGetComputeRunningProcesses": ["a", "b"],
         "nvmlDeviceGetRemappedRows": (5, 2, 1, 0),
+        "nvmlDeviceGetCudaComputeCapability": (9, 0),
         "nvmlDeviceGetTemperature": lambda sensor: 88 if sensor == pynvml.NVML_TEMPERATURE_GPU else 0,
         "nvmlDeviceGetTemperatureThreshold": lambda of: (
             90 if of == pynvml.NVML_TEMPERATURE_THRESHOLD_SLOWDOWN else 0
@@ -140,6 +141,8 @@ def test_all_that_a_card_tells(monkeypatch: pytest.MonkeyPatch) -> None:
     found = nvml.ask(health=True)
     assert (found.driver, found.cuda, found.problem) == ("570.124.06", (12, 8), None)
     (gpu,) = found.gpus
+    assert gpu.capability == (9, 0)
+    assert not gpu.too_old
     assert (gpu.name, gpu.memory, gpu.available, gpu.used) == ("NVIDIA H200", 140 * GIB, 100 * GIB, 39 * GIB)
     assert gpu.health == Health(
         utilization=0.87,
