@@ -25,19 +25,12 @@ from typing import Any
 from quire_operators import certificates, status
 from quire_operators.certificates import BadCertificate
 from quire_operators.clock import on_the_wall
-from quire_operators.fleet.local import (
-    Ended,
-    Life,
-    LocalFleet,
-    Observation,
-    RenewFailed,
-    StartFailed,
-    Unit,
-)
+from quire_operators.fleet.local import Life, LocalFleet, Observation, RenewFailed, StartFailed, Unit
 from quire_operators.host import address_problem
 from quire_operators.paths import StateDir
 from quire_operators.records import StoredObject
 from quire_operators.rollout import Router
+from quire_operators.router_ends import RouterEnds, error_of, said
 from quire_operators.routes import Routes
 from quire_operators.secrets import without_tokens
 from quire_operators.status import Fact, Reason
@@ -129,6 +122,7 @@ class GatewayReconciler:
         self._command = command
         self._environ = environ
         self._clock = clock
+        self._ends = RouterEnds(store, KEY, clock)
         self._failure: Fact | None = None
         self._tries = False
         """One that is to take over was asked for, and nothing is known of what came of it."""
@@ -192,13 +186,14 @@ class GatewayReconciler:
     def ready(self) -> bool:
         """Whether a router runs where the gateway says, and has answered the control plane."""
         seen, wanted = self.current(), _labels(resolved_spec(self._store.get(KEY)))
-        if seen is None or seen.stopping or _moves(seen, wanted):
+        if seen is None or seen.stopping or _moves(seen, wanted) or self.routes is None:
             return False
-        if not self.router_runs() or self.routes is None or self.routes.knowledge() is not Router.KNOWN:
-            return False
-        # the last answer may be of the router before this one
-        told = None if self.routes.status is None else self.routes.status.pid
-        return told is not None and told in (seen.child_pid, seen.following_pid, *seen.leaving)
+        return bool(self.router_runs()) and self.routes.knowledge() is Router.KNOWN
+
+    def has_process(self, pid: int) -> bool:
+        """Whether the process with that number may be a router: the last answer may be of the one before."""
+        seen = self.current()
+        return seen is not None and pid in (seen.child_pid, seen.following_pid, *seen.leaving)
 
     def overlaps(self) -> bool:
         """Whether a router beside the one that answers may have requests: one that finishes, or the one there is
@@ -254,7 +249,7 @@ class GatewayReconciler:
             stored = None
         seen = self.current()
         again: float | None = None
-        self._tell_of_ends(seen)
+        self._ends.look(seen, max(self._fleet.observed(UNIT), key=lambda old: old.incarnation, default=None))
         if seen is not None:
             again = await self._check(seen, spec)
         elif self._store.objects():
@@ -265,27 +260,6 @@ class GatewayReconciler:
             before = self._store.status(stored.uid).get("conditions", ())
             self._store.put_status(stored.uid, self.status(before, stored.generation))
         return again
-
-    def _tell_of_ends(self, seen: Observation | None) -> None:
-        """An event for each end of the router that nobody asked for, those while no control plane ran included."""
-        told = self._store.note("router")
-        if seen is None:
-            gone = max(self._fleet.observed(UNIT), key=lambda old: old.incarnation, default=None)
-            if gone is not None and gone.ended is None and told.get("nonce") == gone.nonce:
-                text = f"the router and its shim (incarnation {gone.incarnation}) are gone without a record"
-                self._store.add_event(KEY, "Warning", "RouterLost", text)
-                self._store.set_note("router", {"listen": told.get("listen")})
-            return
-        now = {"nonce": seen.nonce, "starts": seen.starts, "listen": list(seen.listen) if seen.listen else None}
-        if seen.life is Life.UNKNOWN or now == told:
-            return
-        ends = seen.starts - told["starts"] if told.get("nonce") == seen.nonce else seen.starts - 1
-        if ends > 0:
-            how = seen.ended.text() if seen.ended is not None else "for an unknown cause"
-            often = "" if ends == 1 else f" {ends} times, the last time"
-            text = f"the router ended{often}: {how}; its shim started it again"
-            self._store.add_event(KEY, "Warning", "RouterEnded", text)
-        self._store.set_note("router", now)
 
     async def _check(self, seen: Observation, spec: Mapping[str, Any]) -> float | None:
         if seen.life is Life.UNKNOWN:
@@ -314,7 +288,7 @@ class GatewayReconciler:
             self._store.add_event(KEY, "Normal", "Replaced", "the router has the settings that were declared")
         self._tell_why_it_does_not_start(seen)
         if seen.following is None:
-            return None
+            return self._ends.loop_left() or None
         text, self._tries = "the change is taken back: no other router takes over", False
         try:
             await self._fleet.keep(seen.folder)
@@ -334,7 +308,7 @@ class GatewayReconciler:
             if self._tries:
                 self._tries, self._refused_at = False, self._clock()
             serves = ", and the old one serves" if seen.running else ""
-            why = _said(seen.refused.ended)
+            why = said(seen.refused.ended)
             text = f"a router with these settings does not start: {why}; it is tried again{serves}"
             self._fail(Reason.ROUTER_FAILED, text)
             left = self._refused_at + RENEW_AGAIN_SECONDS - self._clock()
@@ -359,26 +333,31 @@ class GatewayReconciler:
         return None
 
     def _tell_why_it_does_not_start(self, seen: Observation) -> None:
-        """A router that says why, or refuses for good, is a failure; any other end is its shim's to repair. It
-        stays one until a router answers: the next try may end like the last one.
+        """A router that says why, or refuses for good, is a failure until one answers: the next try may end like
+        the last one. Any other end is its shim's to repair; one after the other is a failure, too, for as long as
+        they count, whatever the router does in between.
         """
         ended = seen.ended
-        if seen.stopping or self.ready():
+        if seen.stopping or (self.ready() and not self._ends.loop_left()):
             self._failure = None
-        if seen.stopping or seen.running or ended is None:
+        if seen.stopping or ended is None:
             return
-        if not (_error_of(ended) or ended.code == NOT_RETRYABLE):
+        if not seen.running and (error_of(ended) or ended.code == NOT_RETRYABLE):
+            again = "" if ended.code == NOT_RETRYABLE else "; it is tried again"
+            self._fail(Reason.ROUTER_FAILED, f"the router does not start: {said(ended)}{again}")
+        elif self._ends.loop_left():
+            text = f"the router ends again and again, and is started again each time: {said(ended)}"
+            if self._failure is None or self._failure.message != text:
+                self._fail(Reason.ROUTER_CRASH_LOOP, text)
+        elif not seen.running:
             self._failure = None
-            return
-        again = "" if ended.code == NOT_RETRYABLE else "; it is tried again"
-        self._fail(Reason.ROUTER_FAILED, f"the router does not start: {_said(ended)}{again}")
 
     def _listen_on(self, host: str, port: int) -> tuple[str, int]:
         """The declared address; for port 0 the one that was found last, if it is free: whoever has the base URL of
         a router that was lost or brought down keeps it."""
-        last = self._store.note("router").get("listen")
-        if port == 0 and last is not None and last[0] == host and address_problem(host, last[1]) is None:
-            return host, int(last[1])
+        last = self._ends.listened_on()
+        if port == 0 and last is not None and last[0] == host and address_problem(*last) is None:
+            return last
         return host, port
 
     async def _start(self, spec: Mapping[str, Any]) -> float | None:
@@ -487,16 +466,6 @@ class GatewayReconciler:
 def _moves(seen: Observation, wanted: Mapping[str, Any]) -> bool:
     """Whether the address that was declared is another one."""
     return any(seen.labels.get(name) != wanted[name] for name in ("host", "port"))
-
-
-def _error_of(ended: Ended) -> str:
-    """What a router said of why it ended; "" if it did not."""
-    said = next((line for line in reversed(ended.tail) if line.startswith("error: ")), "")
-    return said.removeprefix("error: ")
-
-
-def _said(ended: Ended) -> str:
-    return _error_of(ended) or ended.text()
 
 
 def _labels(spec: Mapping[str, Any]) -> dict[str, Any]:

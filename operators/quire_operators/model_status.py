@@ -471,10 +471,7 @@ class ModelStatus:
         if want == 0 and not view.wanted.standby:
             return Fact("Ready", False, Reason.STOPPED, "no replica is asked for")
         if world.router is not rollout.Router.KNOWN:
-            failure = self._gateway.failure()
-            return Fact(
-                "Ready", False, Reason.ROUTER_NOT_READY, failure.message if failure else "the router starts"
-            )
+            return Fact("Ready", False, Reason.ROUTER_NOT_READY, self._without_router(world, want))
         if view.unusable is not None:
             return Fact("Ready", False, Reason.MODEL_UNUSABLE, view.unusable)
         if view.wanted.standby and view.fetching is None:
@@ -500,6 +497,13 @@ class ModelStatus:
         if starting or any(seen.process is Process.READY for _, seen in world.replicas):
             return Fact("Ready", False, Reason.STARTING, "requests are held meanwhile")
         return Fact("Ready", False, Reason.NO_REPLICA_AVAILABLE)
+
+    def _without_router(self, world: World, want: int) -> str:
+        """What is there, and what is not."""
+        failure = self._gateway.failure()
+        why = failure.message if failure else "the router starts"
+        ready = sum(seen.process is Process.READY for _, seen in world.replicas)
+        return f"{ready} of {want} replicas are ready, and no router serves: {why}" if ready else why
 
     def _lacking(self, view: View) -> Fact:
         """Scheduled is False: what a replica needs and what there is."""
@@ -556,7 +560,9 @@ class ModelStatus:
         if lacking is not None and not view.yields and not self._something_leaves():
             return Fact("Stalled", True, lacking.reason, lacking.message)
         failure = self._gateway.failure()
-        if failure is not None and not desired.deleting and available == 0:
+        # where there is a router now and then, that is no other state each time
+        steady = failure is not None and failure.reason is Reason.ROUTER_CRASH_LOOP
+        if failure is not None and not desired.deleting and (available == 0 or steady):
             return failure
         if view.tried is not None and (failed := self._failed_canary(view.tried)) is not None:
             return failed

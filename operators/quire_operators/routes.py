@@ -144,12 +144,15 @@ class Routes:
         router_runs: Callable[[], bool | None],
         clock: Callable[[], float],
         overlaps: Callable[[], bool] = lambda: False,
+        lives: Callable[[int], bool] = lambda pid: True,
     ) -> None:
-        """`overlaps`: whether a router that does not answer here may have requests, at whichever replica."""
+        """`overlaps`: whether a router that does not answer here may have requests, at whichever replica. `lives`:
+        whether a process may be one of the router's: what one said that is gone tells nothing of the next."""
         self._socket = socket
         self._store = store
         self._router_runs = router_runs
         self._overlaps = overlaps
+        self._lives = lives
         self._clock = clock
         self._sent: dict[int, wire.RoutingTable] = {}
         self._status: wire.RouterStatus | None = None
@@ -177,7 +180,10 @@ class Routes:
         return Router.KNOWN if fresh and self._acknowledged() is not None else Router.UNKNOWN
 
     def _acknowledged(self) -> wire.RoutingTable | None:
-        return self._sent.get(self._status.version) if self._status is not None else None
+        """The table that the router which lives acts by, as far as it is known."""
+        if self._status is None or not self._lives(self._status.pid):
+            return None
+        return self._sent.get(self._status.version)
 
     def view(self, row: Row, seen: Seen) -> Seen:
         """`seen` with the router's side filled in."""
@@ -290,7 +296,7 @@ class Routes:
 
     async def _exchange(self, content: wire.RoutingTable) -> None:
         status = self._hear(await self._ask(wire.GetRouterStatus()))
-        table = self._acknowledged()
+        table = self._sent.get(status.version)
         if table is not None and status.pid == self._told and _essence(table) == _essence(content):
             return
         version = max(self._store.routing_version(), status.version) + 1
@@ -304,7 +310,7 @@ class Routes:
         before, self._status = self._loads, status
         self._heard_at = self._clock()
         self._loads = {(load.replica_id, load.incarnation): load for load in status.replicas}
-        table = self._acknowledged()
+        table = self._sent.get(status.version)
         endpoints = (
             [endpoint for route in table.models for endpoint in route.replicas] if table is not None else ()
         )

@@ -78,6 +78,7 @@ class Reason(enum.StrEnum):
     CANARY_DOWN = "CanaryDown"
     ADDRESS_IN_USE = "AddressInUse"
     ROUTER_FAILED = "RouterFailed"
+    ROUTER_CRASH_LOOP = "RouterCrashLoop"
     EXPIRED = "Expired"
     NO_KEYS = "NoKeys"
     KEY_TAKEN = "KeyTaken"
@@ -478,6 +479,14 @@ ADVICE: dict[Reason, Advice] = {
     Reason.ROUTER_FAILED: Advice(
         "A router refuses to start: there is none, or the one before it serves on.",
         ("platform logs router   why", "mend what it says, or apply a Gateway with other settings"),
+    ),
+    Reason.ROUTER_CRASH_LOOP: Advice(
+        "The router ended several times within a minute, and is started again each time. Replicas go on, and get "
+        "requests only while there is a router.",
+        (
+            "platform logs router   what it said last",
+            "platform events --for gateway/default   how it ended, and how often",
+        ),
     ),
 }
 

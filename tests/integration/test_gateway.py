@@ -281,6 +281,44 @@ def test_a_router_that_does_not_come_to_serve_changes_nothing(plane: Plane, serv
     assert plane.client.get("/v1/ping")["router"]["pid"] != router["pid"]
 
 
+def test_while_routers_end_one_after_the_other_gateway_and_model_say_so_and_nothing_else(
+    plane: Plane, served: str
+) -> None:
+    site, told = Path(plane.env["PYTHONPATH"]) / "sitecustomize.py", []
+    before = site.read_text()
+
+    def now() -> tuple[str, str, str, str]:
+        view, gateway = plane.view("asked")["status"], plane.client.get("/v1/objects/gateway/default")["status"]
+        ready = next(c for c in view["conditions"] if c["type"] == "Ready")
+        return view["summary"], ready["reason"], ready["message"], gateway["summary"]
+
+    try:
+        # it gets on for a while each time, as one does that the system takes the memory from
+        site.write_text("import os, sys, time\nif 'quire.router' in sys.orig_argv: time.sleep(0.3), os.abort()\n")
+        os.kill(plane.client.get("/v1/ping")["router"]["pid"], signal.SIGKILL)
+        eventually(lambda: now()[3] == "Stalled: RouterCrashLoop" and now()[0] != "Serving", "it is seen")
+        end = time.monotonic() + 3.0
+        while time.monotonic() < end:
+            told.append(now())
+            time.sleep(0.02)
+    finally:
+        site.write_text(before)
+    why = "the router ends again and again, and is started again each time: killed by SIGABRT"
+    message = f"1 of 1 replicas are ready, and no router serves: {why}"
+    assert set(told) == {
+        ("Stalled: RouterCrashLoop", "RouterNotReady", message, "Stalled: RouterCrashLoop"),
+    }  # fmt: skip
+    remedies = plane.view("asked")["status"]["remedies"]
+    assert any(line.startswith("platform events --for gateway/default") for line in remedies), remedies
+    stalls = [
+        e for e in plane.client.get("/v1/events?for=model/asked")["items"] if e["reason"] == "RouterCrashLoop"
+    ]
+    assert [event["count"] for event in stalls] == [1]
+    settled(plane)
+    assert ask(served).status_code == 200
+    assert plane.condition("asked", "Ready")["status"] == "True"
+
+
 @pytest.mark.nightly
 def test_several_workers_come_and_go_without_a_stream_and_their_head_is_killed_without_a_refusal(
     plane: Plane, served: str

@@ -121,7 +121,12 @@ class ControlPlane:
         command = router or router_command(state)
         self.gateway = GatewayReconciler(self.store, self.fleet, state, command, child_env, clock)
         self.routes = Routes(
-            state.router_control, self.store, self.gateway.router_runs, clock, self.gateway.overlaps
+            state.router_control,
+            self.store,
+            self.gateway.router_runs,
+            clock,
+            self.gateway.overlaps,
+            self.gateway.has_process,
         )
         self.gateway.routes = self.routes
         self.policies = Policies(self.store, self.secrets, self.routes, clock)

@@ -1,0 +1,82 @@
+"""Routers that end and were not told to: an event for each, and whether it is one end after the other.
+
+What was told is a note in the store. So those that end while there is no control plane are told of too, and none
+is twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from quire_operators.fleet.local import Ended, Life, Observation
+from quire_operators.store import Store
+from quire_schemas.resource import Key
+
+NOTE = "router"
+LOOP_ENDS = 3
+LOOP_SECONDS = 60.0
+"""A router that ends so often within this time is in a loop, whatever it does in between."""
+
+
+class RouterEnds:
+    """Of the router of the gateway `key`. `clock` as the store's."""
+
+    def __init__(self, store: Store, key: Key, clock: Callable[[], float]) -> None:
+        self._store = store
+        self._key = key
+        self._clock = clock
+
+    def look(self, seen: Observation | None, gone: Observation | None) -> None:
+        """Tell of ends that are new: of the router whose shim lives, or may; else `gone` is its last one."""
+        told = self._store.note(NOTE)
+        if seen is None:
+            if gone is not None and gone.ended is None and told.get("nonce") == gone.nonce:
+                text = f"the router and its shim (incarnation {gone.incarnation}) are gone without a record"
+                self._store.add_event(self._key, "Warning", "RouterLost", text)
+                self._store.set_note(NOTE, {"listen": told.get("listen")})
+            return
+        if seen.life is Life.UNKNOWN:
+            return
+        same = told.get("nonce") == seen.nonce
+        ends = seen.starts - (told["starts"] if same else 1)
+        at = list(told.get("ends", ())) if same and told.get("labels") == dict(seen.labels) else []
+        if ends > 0:
+            how = seen.ended.text() if seen.ended is not None else "for an unknown cause"
+            often = "" if ends == 1 else f" {ends} times, the last time"
+            text = f"the router ended{often}: {how}; its shim started it again"
+            self._store.add_event(self._key, "Warning", "RouterEnded", text)
+            if seen.ended is None or not error_of(seen.ended):
+                at = [*at, *[self._clock()] * ends][-LOOP_ENDS:]
+        now = {
+            "nonce": seen.nonce,
+            "starts": seen.starts,
+            "listen": list(seen.listen) if seen.listen else None,
+            "labels": dict(seen.labels),
+            "ends": at,
+        }
+        if now != told:
+            self._store.set_note(NOTE, now)
+
+    def listened_on(self) -> tuple[str, int] | None:
+        """Where the last router was."""
+        last = self._store.note(NOTE).get("listen")
+        return None if last is None else (last[0], int(last[1]))
+
+    def loop_left(self) -> float:
+        """For how many seconds it still counts as one that ends again and again; 0 if it does not. One that says
+        why it ends is a failure of its own, and not counted."""
+        ends = self._store.note(NOTE).get("ends", ())
+        if len(ends) < LOOP_ENDS:
+            return 0.0
+        return float(max(ends[-LOOP_ENDS] + LOOP_SECONDS - self._clock(), 0.0))
+
+
+def error_of(ended: Ended) -> str:
+    """What a router said of why it ended; "" if it did not."""
+    said = next((line for line in reversed(ended.tail) if line.startswith("error: ")), "")
+    return said.removeprefix("error: ")
+
+
+def said(ended: Ended) -> str:
+    """Why it ended, by its own word if it gave one."""
+    return error_of(ended) or ended.text()
