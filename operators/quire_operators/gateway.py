@@ -250,6 +250,8 @@ class GatewayReconciler:
         seen = self.current()
         again: float | None = None
         self._ends.look(seen, max(self._fleet.observed(UNIT), key=lambda old: old.incarnation, default=None))
+        if self.routes is not None and self.routes.status is not None:
+            self._ends.look_at_workers(self.routes.status)
         if seen is not None:
             again = await self._check(seen, spec)
         elif self._store.objects():

@@ -44,6 +44,7 @@ from quire_operators.placement import Placement
 from quire_operators.records import StoredObject
 from quire_operators.rollout import Cause, Goal, Orphan, Process, Row, Seen, World
 from quire_operators.routables import Standing, canary_name, routables
+from quire_operators.router_ends import restarts
 from quire_operators.routes import ROUTES, Routable, Routes
 from quire_operators.secrets import without_tokens
 from quire_operators.store import Store
@@ -405,12 +406,11 @@ class ModelReconciler:
 
     async def _sweep(self, key: Key) -> float | None:
         """Processes that carry the name of a model that does not exist."""
-        again = None
-        for orphan in self._orphans(key.name):
-            again = 1.0
+        orphans = self._orphans(key.name)
+        for orphan in orphans:
             if orphan.released and orphan.in_flight == 0:
                 await self._stop_orphan(orphan.id, orphan.nonce)
-        return again
+        return 1.0 if orphans else None
 
     def _neighbours_may_move(self) -> None:
         """Memory came free, or a name: every other model may have waited for it."""
@@ -457,9 +457,10 @@ class ModelReconciler:
                 self._changed(ROUTES)
                 await self._fleet.stop(self._folder(row), grace)
             case rollout.Backoff() | rollout.Fail():
-                row = self._move(step)
-                retry = "" if isinstance(step, rollout.Backoff) else "; it is not tried again"
-                text = f"{row.id}: {step.exit.reason}: {step.exit.message}{retry}"
+                row, follows = self._move(step), "it is not tried again"
+                if isinstance(step, rollout.Backoff):
+                    follows = restarts(step.restarts, step.not_before - self._clock())
+                text = f"{row.id}: {step.exit.reason}: {step.exit.message}; {follows}"
                 self._store.add_event(key, "Warning", step.exit.reason, text)
             case rollout.Drain():
                 self._move(step)

@@ -10,9 +10,13 @@ from collections.abc import Callable
 
 from quire_operators.fleet.local import Ended, Life, Observation
 from quire_operators.store import Store
+from quire_schemas import wire
 from quire_schemas.resource import Key
 
 NOTE = "router"
+WORKERS_NOTE = "router workers"
+MANY = 10
+"""Restarts that are told apart."""
 LOOP_ENDS = 3
 LOOP_SECONDS = 60.0
 """A router that ends so often within this time is in a loop, whatever it does in between."""
@@ -37,25 +41,43 @@ class RouterEnds:
             return
         if seen.life is Life.UNKNOWN:
             return
-        same = told.get("nonce") == seen.nonce
-        ends = seen.starts - (told["starts"] if same else 1)
+        same, known = told.get("nonce") == seen.nonce, seen.starts - seen.running
+        # a note of a version before counts starts
+        before = told["told"] if "told" in told else told.get("starts", 1) - 1
+        ends = known - (before if same else 0)
         at = list(told.get("ends", ())) if same and told.get("labels") == dict(seen.labels) else []
         if ends > 0:
             how = seen.ended.text() if seen.ended is not None else "for an unknown cause"
             often = "" if ends == 1 else f" {ends} times, the last time"
-            text = f"the router ended{often}: {how}; its shim started it again"
+            text = f"the router ended{often}: {how}; {_follows(seen, known)}"
             self._store.add_event(self._key, "Warning", "RouterEnded", text)
             if seen.ended is None or not error_of(seen.ended):
                 at = [*at, *[self._clock()] * ends][-LOOP_ENDS:]
         now = {
             "nonce": seen.nonce,
-            "starts": seen.starts,
+            "told": known,
             "listen": list(seen.listen) if seen.listen else None,
             "labels": dict(seen.labels),
             "ends": at,
         }
         if now != told:
             self._store.set_note(NOTE, now)
+
+    def look_at_workers(self, status: wire.RouterStatus) -> None:
+        """Tell of ends of the router's workers that are new, by what its head says."""
+        told = self._store.note(WORKERS_NOTE)
+        last = told["number"] if told.get("pid") == status.pid else 0
+        for end in status.worker_ends:
+            if end.number <= last:
+                continue
+            code, killer = (end.code, None) if end.code >= 0 else (None, -end.code)
+            how = Ended(code, killer, asked=False).text()
+            why = f", as {end.because}" if end.because else ""
+            text = f"worker {end.worker} of the router ended: {how}{why}; {restarts(end.restarts, end.pause)}"
+            self._store.add_event(self._key, "Warning", "WorkerEnded", text)
+        now = {"pid": status.pid, "number": max((end.number for end in status.worker_ends), default=last)}
+        if now["number"] != last:
+            self._store.set_note(WORKERS_NOTE, now)
 
     def listened_on(self) -> tuple[str, int] | None:
         """Where the last router was."""
@@ -69,6 +91,20 @@ class RouterEnds:
         if len(ends) < LOOP_ENDS:
             return 0.0
         return float(max(ends[-LOOP_ENDS] + LOOP_SECONDS - self._clock(), 0.0))
+
+
+def restarts(number: int, pause: float) -> str:
+    """What follows an end. Of very many one sentence, so that they are one event, which is counted."""
+    if number > MANY:
+        return f"it is started again, for the {MANY + 1}th time or more, after the longest pause"
+    return f"restart {number} follows in {pause:.2g} s"
+
+
+def _follows(seen: Observation, number: int) -> str:
+    pause = seen.ended.pause if seen.ended is not None else None
+    if seen.running:
+        return f"its shim started it again (restart {number})" if number <= MANY else "its shim started it again"
+    return "it is not started again" if pause is None else restarts(number, pause)
 
 
 def error_of(ended: Ended) -> str:

@@ -432,6 +432,7 @@ def _news(status: wire.RouterStatus | None) -> object:
         status.pid,
         status.base_url,
         status.unusable,
+        status.worker_ends,
         pids,
         sorted(loads, key=lambda load: load[:2]),
     )

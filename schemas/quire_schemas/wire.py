@@ -892,6 +892,22 @@ class WorkerStatus(msgspec.Struct, frozen=True):
     requests: int
 
 
+class WorkerEnd(msgspec.Struct, frozen=True):
+    """How a process of the router besides its head ended that was not told to."""
+
+    number: int
+    """Of this end among all of the router's, from 1 on."""
+    worker: int
+    code: int
+    """Its exit status; below 0 the signal that killed it."""
+    because: str
+    """Why the head killed it; "" if it did not."""
+    restarts: int
+    """Of this worker, one after the other, with the one that follows."""
+    pause: float
+    """Seconds until that."""
+
+
 class RouterStatus(msgspec.Struct, tag=True):
     """The router's acknowledgement: the table it acts by, and each replica in it or still draining from it.
 
@@ -916,6 +932,8 @@ class RouterStatus(msgspec.Struct, tag=True):
     workers: tuple[WorkerStatus, ...] = ()
     """The head, whose pid is the router's, and behind it the others. All of them have the table, and are connected
     to the replicas that are called so. None from a router of a version that has one process."""
+    worker_ends: tuple[WorkerEnd, ...] = ()
+    """The last of them, oldest first."""
 
 
 class UsageRow(msgspec.Struct, frozen=True, omit_defaults=True):

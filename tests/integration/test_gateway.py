@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import socket
 import ssl
@@ -48,6 +49,12 @@ def settled(plane: Plane) -> dict[str, Any]:
         return view if same and {"Ready", "RolledOut"} <= now else None
 
     return dict(eventually(found, "the gateway is settled"))
+
+
+def happened(plane: Plane, reason: str) -> list[dict[str, Any]]:
+    """Events of the gateway, the latest last."""
+    items = plane.client.get("/v1/events", **{"for": "gateway/default"})["items"]
+    return [item for item in items if item["reason"] == reason]
 
 
 @pytest.fixture
@@ -284,7 +291,7 @@ def test_a_router_that_does_not_come_to_serve_changes_nothing(plane: Plane, serv
 def test_while_routers_end_one_after_the_other_gateway_and_model_say_so_and_nothing_else(
     plane: Plane, served: str
 ) -> None:
-    site, told = Path(plane.env["PYTHONPATH"]) / "sitecustomize.py", []
+    site, shown = Path(plane.env["PYTHONPATH"]) / "sitecustomize.py", []
     before = site.read_text()
 
     def now() -> tuple[str, str, str, str]:
@@ -299,21 +306,22 @@ def test_while_routers_end_one_after_the_other_gateway_and_model_say_so_and_noth
         eventually(lambda: now()[3] == "Stalled: RouterCrashLoop" and now()[0] != "Serving", "it is seen")
         end = time.monotonic() + 3.0
         while time.monotonic() < end:
-            told.append(now())
+            shown.append(now())
             time.sleep(0.02)
     finally:
         site.write_text(before)
     why = "the router ends again and again, and is started again each time: killed by SIGABRT"
     message = f"1 of 1 replicas are ready, and no router serves: {why}"
-    assert set(told) == {
+    assert set(shown) == {
         ("Stalled: RouterCrashLoop", "RouterNotReady", message, "Stalled: RouterCrashLoop"),
     }  # fmt: skip
     remedies = plane.view("asked")["status"]["remedies"]
     assert any(line.startswith("platform events --for gateway/default") for line in remedies), remedies
-    stalls = [
-        e for e in plane.client.get("/v1/events?for=model/asked")["items"] if e["reason"] == "RouterCrashLoop"
-    ]
-    assert [event["count"] for event in stalls] == [1]
+    told = plane.client.get("/v1/events", **{"for": "model/asked"})["items"]
+    assert [event["count"] for event in told if event["reason"] == "RouterCrashLoop"] == [1]
+    ends = [event["message"] for event in happened(plane, "RouterEnded")]
+    assert re.search(r"ended: killed by SIGKILL; .*restart \d+", ends[0]), ends
+    assert re.search(r"killed by SIGABRT; restart \d follows in [\d.]+ s", " ".join(ends)), ends
     settled(plane)
     assert ask(served).status_code == 200
     assert plane.condition("asked", "Ready")["status"] == "True"
@@ -344,6 +352,11 @@ def test_several_workers_come_and_go_without_a_stream_and_their_head_is_killed_w
     assert again["status"]["workers"] == {"wanted": 2, "serving": 2}
     assert plane.client.get("/v1/ping")["router"]["pid"] != head
     assert not any(alive(int(pid)) for pid in children)
+    head = plane.client.get("/v1/ping")["router"]["pid"]
+    os.kill(int(Path(f"/proc/{head}/task/{head}/children").read_text()), signal.SIGKILL)
+    (end,) = eventually(lambda: happened(plane, "WorkerEnded"), "it is told of")
+    assert end["message"] == "worker 1 of the router ended: killed by SIGKILL; restart 1 follows in 0.2 s"
+    settled(plane)
     both = [Stream(plane.base_url, "asked", 300) for _ in range(2)]
     for each in both:
         each.wait_running()

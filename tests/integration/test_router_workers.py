@@ -203,6 +203,8 @@ async def test_a_killed_worker_gives_all_that_it_held_back_and_is_followed_by_an
         second = await asyncio.to_thread(crew.wait_for_workers, COUNT)
         assert second[0].pid == head
         assert victim not in [each.pid for each in second]
+        (end,) = (await crew.control(wire.GetRouterStatus())).worker_ends
+        assert (end.number, end.worker, end.code, end.because, end.restarts) == (1, 1, -signal.SIGKILL, "", 1)
     async with clients(crew) as two:
         assert [(await chat(http, TEAM)).status_code for http in two] == [200, 200]
     after = await crew.metrics()

@@ -49,7 +49,6 @@ from quire_operators.paths import private_dir
 
 log = logging.getLogger(__name__)
 
-"""The folder of the numbers of those who led here, beside those of units."""
 SHIM = Path(__file__).with_name("shim.py")
 START_SECONDS = 20.0
 """How long a shim may take until its control socket listens."""
@@ -125,6 +124,8 @@ class Ended:
     message: str = ""
     tail: tuple[str, ...] = ()
     """The last lines of its log."""
+    pause: float | None = None
+    """Seconds from then until its shim starts it again."""
 
     def text(self) -> str:
         """For people."""
@@ -631,6 +632,7 @@ def _ended(document: Any) -> Ended | None:
         bool(document.get("stopped")),
         str(document.get("message", "")),
         tuple(map(str, document.get("tail", ()))),
+        document.get("pause"),
     )
 
 

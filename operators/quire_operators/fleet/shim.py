@@ -492,17 +492,17 @@ class Shim:
         self.child, self.exit = None, end
         if self.stopping:
             return
-        if self.spec.get("restart") and how["code"] != NOT_RETRYABLE:
+        if not self.spec.get("restart"):
+            self.stopping, self.kill_at = True, now
+            return
+        if (
+            how["code"] != NOT_RETRYABLE
+        ):  # else it stays, so that the reason can be asked for and the address is kept
             if child.ready_since is not None and now - child.ready_since >= self.backoff["healthy"]:
                 self.delay = self.backoff["base"]
-            self.restart_at = now + self.delay
+            self.restart_at, end["pause"] = now + self.delay, self.delay
             self.delay = min(self.delay * 2, self.backoff["max"])
-            self.changed()
-        elif self.spec.get("restart"):
-            self.changed()  # stays, so that the reason can be asked for and the address is kept
-        else:
-            self.stopping = True
-            self.kill_at = time.monotonic()
+        self.changed()
 
     def stop(self, grace: float) -> None:
         if not self.stopping:

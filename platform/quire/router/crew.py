@@ -22,7 +22,7 @@ import math
 import os
 import socket
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -59,6 +59,8 @@ TABLE_SECONDS: Final = 4.0
 """That the answer to a table waits for the workers."""
 COUNTS_SECONDS: Final = 2.0
 """That a scrape does; of a worker that does not answer it shows what it told last."""
+ENDS: Final = 16
+"""Of workers, that are told of."""
 END_SECONDS: Final = 2.0
 """Beyond the grace and their last words, for workers to be gone."""
 Wire = Line[workers.ToWorker, workers.ToHead]
@@ -120,6 +122,8 @@ class Member:
     """How many seats they have."""
     asked: dict[int, asyncio.Future[workers.Counts]] = field(default_factory=dict)
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
+    still: bool = False
+    """It stood still, and was killed."""
 
     def reaches(self, client: EngineClient) -> bool:
         """Whether it is connected to a replica."""
@@ -150,6 +154,8 @@ class Crew:
         self._members: dict[int, Member] = {}
         self._keepers: list[asyncio.Task[None]] = []
         self._numbers = itertools.count(1)
+        self._end_numbers = itertools.count(1)
+        self._ends: deque[wire.WorkerEnd] = deque(maxlen=ENDS)
         self._news = asyncio.Event()
         """Somebody has a table, or is gone."""
         self._grace: float | None = None
@@ -204,25 +210,30 @@ class Crew:
 
     async def _keep(self, index: int) -> None:
         """Have a worker with this number, again and again."""
-        pause = PAUSES[0]
+        pause, restarts = PAUSES[0], 0
         while self._grace is None:
+            lasted, code, because = 0.0, os.EX_OSERR, ""
             try:
-                lasted = await self._live(index)
+                lasted, code, because = await self._live(index)
             except OSError as error:
                 log.error("worker %d cannot be started: %s", index, error)
-                lasted = 0.0
+                because = f"it cannot be started: {error}"
             except Exception as error:
                 log.error("worker %d is given up", index, exc_info=error)
-                lasted = 0.0
+                because = f"the head gave it up: {error!r}"
             await self._remove(index)
             if self._grace is not None:
                 return
-            pause = PAUSES[0] if lasted >= HEALTHY_SECONDS else pause
+            if lasted >= HEALTHY_SECONDS:
+                pause, restarts = PAUSES[0], 0
+            restarts += 1
+            self._ends.append(wire.WorkerEnd(next(self._end_numbers), index, code, because, restarts, pause))
             await asyncio.sleep(pause)
             pause = min(2 * pause, PAUSES[1])
 
-    async def _live(self, index: int) -> float:
-        """One life of a worker; for how many seconds it took requests."""
+    async def _live(self, index: int) -> tuple[float, int, str]:
+        """One life of a worker: for how many seconds it took requests, its exit code, and why it was killed if it
+        was."""
         mine, its = socket.socketpair()
         try:
             board = self._board.descriptor if self._board is not None else -1
@@ -257,7 +268,7 @@ class Crew:
                 log.error("what is installed now is not what this router runs: replace the gateway to have it")
             level = logging.ERROR if code else logging.INFO
             log.log(level, "worker %d (pid %d) ended with %d; another one is started", index, process.pid, code)
-        return lasted
+        return lasted, code, "it stood still" if member.still else ""
 
     async def _remove(self, index: int) -> None:
         """However a life ended, there is none of that number now."""
@@ -302,6 +313,7 @@ class Crew:
                 patience = START_SECONDS if member.serving_since is None else SILENT_SECONDS
                 if time.monotonic() - member.heard_at > patience:
                     log.error("worker %d stands still, and is killed", member.index)
+                    member.still = True
                     member.process.kill()
 
     # ── what the control plane and scrapes ask ────────────────────────────────────────────────────────────
@@ -341,6 +353,7 @@ class Crew:
             wire.WorkerStatus(status.pid, self.own_requests()),
             *(wire.WorkerStatus(member.process.pid, member.counts.requests) for member in serving),
         )
+        status.worker_ends = tuple(self._ends)
         if not serving:
             return status
         status.version = min(status.version, *(member.version for member in serving))
