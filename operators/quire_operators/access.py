@@ -4,7 +4,8 @@ A key that is declared by its hash is known already. One that a reference leads 
 once in `LOOK_SECONDS`, and forgotten but for its id and digest: nothing else goes to the router, to the disk or
 into a message. So a secret that is set, a file that is written anew and a reference that leads nowhere any more
 count within seconds. A key that cannot be used takes nothing from the others of its policy. Of two policies with
-one key the older keeps it, as with names of models: nobody takes a key away by being applied.
+one key the older keeps it, as with names of models: nobody takes a key away by being applied. One that has expired
+keeps none.
 
 `read` is the decision, pure but for the reading of secrets; `Policies` holds the conversation with the store. A
 policy is in force when the router has acknowledged it; it is gone from the store when the router has acknowledged
@@ -61,8 +62,7 @@ class Policy:
 
     @property
     def expires_at(self) -> float | None:
-        declared = self.stored.resolved["expiresAt"]
-        return None if declared is None else datetime.fromisoformat(declared).timestamp()
+        return expiry(self.stored.resolved)
 
     def tenant(self) -> wire.Tenant:
         """What the router is told."""
@@ -130,15 +130,26 @@ def known_key(declared: Mapping[str, Any], secrets: Secrets) -> KnownKey:
     return KnownKey(name, source, Digest.of(value))
 
 
-def read(objects: Sequence[StoredObject], secrets: Secrets) -> tuple[Policy, ...]:
-    """All policies that are not being deleted, the oldest first. A key is that of the first who has it, however it
-    is declared; so is the id of one."""
+def expiry(resolved: Mapping[str, Any]) -> float | None:
+    """When the keys of a policy end, in unix seconds."""
+    declared = resolved["expiresAt"]
+    return None if declared is None else datetime.fromisoformat(declared).timestamp()
+
+
+def has_expired(resolved: Mapping[str, Any], wall: float) -> bool:
+    """Whether a policy's keys open nothing any more, and are anybody's."""
+    end = expiry(resolved)
+    return end is not None and wall >= end
+
+
+def read(objects: Sequence[StoredObject], secrets: Secrets, wall: float) -> tuple[Policy, ...]:
+    """All policies that are not being deleted, those in force first, and of these the oldest. A key is that of the
+    first who has it, however it is declared; so is the id of one."""
     owners: dict[str, tuple[Key, str]] = {}
     ids: dict[str, str] = {}
     found = []
-    for stored in sorted(objects, key=lambda each: (each.created_at, each.key)):
-        if stored.deletion_time is not None:
-            continue
+    order = lambda each: (has_expired(each.resolved, wall), each.created_at, each.key)  # noqa: E731
+    for stored in sorted((each for each in objects if each.deletion_time is None), key=order):
         keys = []
         for declared in stored.resolved["keys"]:
             key = known_key(declared, secrets)
@@ -194,7 +205,7 @@ class Policies:
         objects = self._store.objects(KIND)
         of = tuple(f"{each.uid} {each.resource_version} {each.deletion_time}" for each in objects)
         if of != self._of or self._clock() - self._read_at >= LOOK_SECONDS:
-            self._read, self._of, self._read_at = read(objects, self._secrets), of, self._clock()
+            self._read, self._of, self._read_at = read(objects, self._secrets, self._wall()), of, self._clock()
         return self._read
 
     async def reconcile(self, key: Key) -> float | None:

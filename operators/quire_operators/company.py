@@ -4,11 +4,12 @@ a key, routes that lead nowhere. Each of them may be well by itself.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from quire_operators.access import known_key
+from quire_operators.access import has_expired, known_key
 from quire_operators.review import Refusal, Review
 from quire_operators.secrets import Secrets
 from quire_operators.store import Store
@@ -77,7 +78,8 @@ def _refuse_taken_keys(store: Store, reviews: Sequence[Review], leaving: Sequenc
         return own, held.setdefault(digest.sha256, own)
 
     for stored in sorted(store.objects("accesspolicy"), key=lambda each: (each.created_at, each.key)):
-        if stored.key not in in_set and stored.deletion_time is None:
+        gone = stored.deletion_time is not None or has_expired(stored.resolved, time.time())
+        if stored.key not in in_set and not gone:
             for declared in stored.resolved["keys"]:
                 holder(stored.key, stored.created_at, declared)
     for review in reviews:

@@ -205,6 +205,10 @@ def test_a_key_is_one_policys_alone_and_time_ends_it(plane: Plane) -> None:
     assert found["status"]["keys"][0]["problem"] == f"the policy has expired, since {end}"
     assert condition(found, "KeysUsable")["reason"] == "Expired"
     assert "Expired" in {each["reason"] for each in plane.client.get("/v1/events")["items"]}
+    plane.apply(policy("second", hashed("k", mine)))  # what opens nothing any more is nobody's
+    opens_soon(plane, mine, 200)
+    assert ready(plane, "second")["status"]["keys"][0]["works"]
+    delete(plane, "accesspolicy", "second")
     delete(plane, "accesspolicy", "first")
 
 

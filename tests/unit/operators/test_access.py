@@ -32,7 +32,7 @@ def test_a_policy_as_the_router_is_told_of_it(tmp_path: Path) -> None:
         "allow: {models: [m], operations: [chat]}, priority: 3, expiresAt: '2027-01-01T01:00:00+01:00', "
         "limits: [{requests: 5, per: 1m30s}, {scope: policy, concurrency: 2}]}"
     )
-    (policy,) = read([stored("team", spec)], secrets)
+    (policy,) = read([stored("team", spec)], secrets, 0.0)
     assert policy.tenant() == wire.Tenant(
         "team",
         (
@@ -52,7 +52,7 @@ def test_what_is_wrong_with_a_key_is_told_without_its_value(tmp_path: Path) -> N
     secrets = Secrets(tmp_path, {"SHORT": "short-secret", "ODD": "with a blank " * 3, "GOOD": BROUGHT})
     names = ("SHORT", "ODD", "NONE", "GOOD", "GOOD2")
     keys = ", ".join(f"{{name: {name.lower()}, valueFrom: {{env: {name.rstrip('2')}}}}}" for name in names)
-    (policy,) = read([stored("team", f"{{keys: [{keys}]}}")], secrets)
+    (policy,) = read([stored("team", f"{{keys: [{keys}]}}")], secrets, 0.0)
     assert [key.reason for key in policy.keys] == [
         Reason.KEY_UNFIT, Reason.KEY_UNFIT, Reason.SECRET_NOT_FOUND, Reason.ENFORCED, Reason.KEY_TAKEN,
     ]  # fmt: skip
@@ -63,7 +63,7 @@ def test_what_is_wrong_with_a_key_is_told_without_its_value(tmp_path: Path) -> N
 
 def test_a_key_is_that_of_the_oldest_policy_that_is_not_being_deleted(tmp_path: Path) -> None:
     secrets, one = Secrets(tmp_path, {}), f"{{keys: [{{name: a, hash: '{Digest.of(OURS)}'}}]}}"
-    found = read([stored("z", one), stored("b", one), stored("a", one, deleting=1.0)], secrets)
+    found = read([stored("z", one), stored("b", one), stored("a", one, deleting=1.0)], secrets, 0.0)
     assert [(policy.stored.key.name, len(policy.usable)) for policy in found] == [("b", 1), ("z", 0)]
     assert found[1].keys[0].problem == "it is that of accesspolicy/b key a, which is older"
     older = Digest.of(OURS)
@@ -71,10 +71,21 @@ def test_a_key_is_that_of_the_oldest_policy_that_is_not_being_deleted(tmp_path: 
     specs = [f"{{keys: [{{name: a, {f'hash: {form!r}' if form else 'valueFrom: {env: K}'}}}]}}" for form in forms]
     secrets = Secrets(tmp_path, {"K": OURS})
     for newer in specs[1:]:
-        red, green = read([stored("green", newer, created=2.0), stored("red", specs[0], created=1.0)], secrets)
+        red, green = read(
+            [stored("green", newer, created=2.0), stored("red", specs[0], created=1.0)], secrets, 0.0
+        )
         assert (red.stored.key.name, len(red.usable), len(green.usable)) == ("red", 1, 0)
         assert green.keys[0].reason is Reason.KEY_TAKEN
         assert green.keys[0].problem.endswith("that of accesspolicy/red key a, which is older")
+
+
+def test_a_policy_that_has_expired_gives_its_key_up(tmp_path: Path) -> None:
+    key = f"keys: [{{name: a, hash: '{Digest.of(OURS)}'}}]"
+    first = stored("first", f"{{{key}, expiresAt: '1970-01-01T00:01:00Z'}}", created=1.0)
+    second, secrets = stored("second", f"{{{key}}}", created=2.0), Secrets(tmp_path, {})
+    for wall, has_it in ((59.0, "first"), (60.0, "second")):
+        usable = [each.stored.key.name for each in read([first, second], secrets, wall) if each.usable]
+        assert usable == [has_it]
 
 
 def test_variables_with_keys_and_tokens_are_not_handed_down(tmp_path: Path) -> None:
@@ -89,14 +100,14 @@ def test_budgets_as_the_router_is_told_of_them(tmp_path: Path) -> None:
         "{keys: [], budgets: [{name: m, cost: '250.0001', per: month}, "
         "{name: d, scope: key, tokens: 9, counts: prompt, cached: free, per: 1d1h, warnAt: 87.5%}]}"
     )
-    (policy,) = read([stored("team", spec)], Secrets(tmp_path, {}))
+    (policy,) = read([stored("team", spec)], Secrets(tmp_path, {}), 0.0)
     assert policy.budgets() == (
         wire.AccessBudget("team", "m", "policy", "month", cost=250_0001_000_000),
         wire.AccessBudget("team", "d", "key", 25, 9, "prompt", "free", warn_at=8750),
     )
     older = stored("team", "{keys: []}")
     del older.resolved["budgets"]
-    assert read([older], Secrets(tmp_path, {}))[0].budgets() == ()
+    assert read([older], Secrets(tmp_path, {}), 0.0)[0].budgets() == ()
 
 
 @pytest.mark.parametrize(
