@@ -223,8 +223,11 @@ class GatewayReconciler:
             return None
         if self._failure is not None:
             return f"{self._failure.reason}: {self._failure.message}"
-        if self.current() is None and not self._store.objects():
+        seen = self.current()
+        if seen is None and not self._store.objects():
             return "the router starts with the first model"
+        if seen is not None and seen.stopping:
+            return f"the router on {self.base_url()} drains: it takes no more, and has {STOP_GRACE:g} s to finish"
         return "the router starts"
 
     def conflict(self, spec: Mapping[str, Any]) -> str | None:
@@ -258,10 +261,18 @@ class GatewayReconciler:
             again = await self._start(spec)
         else:
             self._failure = None
+        self._tell_that_it_listens()
         if stored is not None:
             before = self._store.status(stored.uid).get("conditions", ())
             self._store.put_status(stored.uid, self.status(before, stored.generation))
         return again
+
+    def _tell_that_it_listens(self) -> None:
+        """An event once the router of a shim answers, and not when its shim has the socket."""
+        seen = self.current()
+        if seen is not None and self.ready() and self._store.note("listening").get("nonce") != seen.nonce:
+            self._store.add_event(KEY, "Normal", "Listening", f"the router listens on {self.base_url()}")
+            self._store.set_note("listening", {"nonce": seen.nonce})
 
     async def _check(self, seen: Observation, spec: Mapping[str, Any]) -> float | None:
         if seen.life is Life.UNKNOWN:
@@ -379,8 +390,8 @@ class GatewayReconciler:
             return RETRY_SECONDS
         self._failure = None
         where = f"{host}:{port}" if port else f"a free port of {host}, which its status shows"
-        self._store.add_event(KEY, "Normal", "Listening", f"the router listens on {where}")
-        acted(f"the router listens on {where}")
+        self._store.add_event(KEY, "Normal", "Starting", f"the router starts on {where}")
+        acted(f"the router starts on {where}")
         return None
 
     def _unit(self, folder: Path, incarnation: int, nonce: str, spec: Mapping[str, Any]) -> Unit:

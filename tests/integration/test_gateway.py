@@ -327,6 +327,27 @@ def test_while_routers_end_one_after_the_other_gateway_and_model_say_so_and_noth
     assert plane.condition("asked", "Ready")["status"] == "True"
 
 
+def test_a_gateway_that_moves_says_that_the_old_address_drains_and_listens_once_it_serves(
+    plane: Plane, served: str, tmp_path: Path
+) -> None:
+    before, listened = plane.base_url, happened(plane, "Listening")
+    stream = Stream(plane.base_url, "asked", 1900)
+    stream.wait_running()
+    plane.apply(GATEWAY.replace("port: 0", "port: 0, bind: 127.0.0.2"))
+
+    def why() -> str:
+        conditions = plane.client.get("/v1/objects/gateway/default")["status"]["conditions"]
+        return str(next(c["message"] for c in conditions if c["type"] == "Ready"))
+
+    eventually(lambda: why().startswith(f"the router on {before.removesuffix('/v1')} drains"), "it says so")
+    assert happened(plane, "Listening") == listened
+    (tmp_path / "rush").touch()
+    stream.finish()
+    settled(plane)
+    assert happened(plane, "Listening")[-1]["message"] == f"the router listens on {plane.base_url[:-3]}"
+    assert plane.base_url.startswith("http://127.0.0.2:")
+
+
 @pytest.mark.nightly
 def test_several_workers_come_and_go_without_a_stream_and_their_head_is_killed_without_a_refusal(
     plane: Plane, served: str
