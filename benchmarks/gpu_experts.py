@@ -2,6 +2,7 @@
 
 A call is the choice of experts and all that follows it, launched from a graph. Calls that follow each other choose
 differently, so that weights come from memory each time. `parts_us` has each kernel by itself.
+`weights` are numbers or codes.
 """
 
 from __future__ import annotations
@@ -14,12 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quire_kernels import Kernels, QuantizedWeight
 from quire_kernels import load as load_kernels
+from quire_kernels.quantized import quantize_int4, quantize_int8
 from quire_kernels.triton import experts
 
 CUDA = torch.device("cuda")
 LAYERS = {"qwen3-30b-a3b": (128, 8, 2048, 768), "mixtral-8x7b": (8, 2, 4096, 14336)}
 """Experts, of which each token goes through so many; hidden width, width inside."""
+WEIGHTS = {"bf16": None, "int8": 0, "int4/32": 32, "int4/128": 128}
+"""Of codes the inputs of a group."""
 TOKENS = (1, 8, 32, 128, 256, 2048)
 Replayed = Callable[[Callable[[], object], int], float]
 """Seconds of one call of so many that a graph holds."""
@@ -30,15 +35,16 @@ def experts_rows(
 ) -> Iterator[dict[str, Any]]:
     """Rows of all layers and steps; `bandwidth` in bytes and `rate` in bf16 operations a second."""
     kernels = load_kernels("triton")
-    for name, (count, chosen, width, inner) in LAYERS.items():
-        shapes = ((count, inner, width), (count, inner, width), (count, width, inner))
-        layer = kernels.experts(*(_random(*shape).mul_(shape[2] ** -0.5) for shape in shapes))
-        assert isinstance(layer, experts.TritonExperts)
+    for (name, (count, chosen, width, inner)), (weights, group) in itertools.product(
+        LAYERS.items(), WEIGHTS.items()
+    ):
+        layer = _layer(kernels, count, width, inner, group)
+        each = sum(part.nbytes for part in layer.parameters()) / count
         for tokens in TOKENS[::2] if quick else TOKENS:
             x, logits = _random(tokens, width), _logits(tokens, count, chosen)
             routed = [experts.route(one, chosen, over_chosen=True) for one in logits]
             used = sum(len({*choice.flatten().tolist()}) for choice, _ in routed) / len(routed)
-            size, operations = 6 * width * inner * used, 6 * width * inner * tokens * chosen
+            size, operations = each * used, 6 * width * inner * tokens * chosen
             floor = max(size / bandwidth, operations / rate)
             whole = partial(_whole, layer, x, chosen)
             seconds = replayed(_each(whole, [(one,) for one in logits]), len(logits))
@@ -46,6 +52,7 @@ def experts_rows(
             row: dict[str, Any] = {
                 "part": "experts",
                 "layer": name,
+                "weights": weights,
                 "tokens": tokens,
                 "used": round(used, 1),
                 "us": round(seconds * 1e6, 1),
@@ -53,16 +60,34 @@ def experts_rows(
                 "bound": "bytes" if size / bandwidth >= operations / rate else "operations",
             }
             yield row | {"tilings": tilings, "parts_us": _parts(layer, x, logits, routed, tilings, replayed)}
-            if sweep:
+            if sweep and group is None:  # those of codes are timed where an engine starts
                 yield from _sweep(row, layer, x, routed, replayed)
 
 
-def _whole(layer: experts.TritonExperts, x: Tensor, chosen: int, logits: Tensor) -> Tensor:
+def _layer(kernels: Kernels, count: int, width: int, inner: int, group: int | None) -> experts.ExpertLayer[Any]:
+    shapes = ((count, inner, width), (count, inner, width), (count, width, inner))
+    gate, up, down = (_random(*shape).mul_(shape[2] ** -0.5) for shape in shapes)
+    if group is None:
+        layer = kernels.experts(gate, up, down)
+    else:
+        layer = kernels.quantized_experts(
+            _coded(gate, group), _coded(up, group), _coded(down, group), count, "float", torch.bfloat16
+        )
+    assert isinstance(layer, experts.ExpertLayer)
+    return layer
+
+
+def _coded(weight: Tensor, group: int) -> QuantizedWeight:
+    rows = weight.flatten(0, 1)
+    return quantize_int4(rows, group) if group else quantize_int8(rows)
+
+
+def _whole(layer: experts.ExpertLayer[Any], x: Tensor, chosen: int, logits: Tensor) -> Tensor:
     return layer(x, *experts.route(logits, chosen, over_chosen=True))
 
 
 def _parts(
-    layer: experts.TritonExperts,
+    layer: experts.ExpertLayer[Any],
     x: Tensor,
     logits: Sequence[Tensor],
     routed: Sequence[tuple[Tensor, Tensor]],
@@ -89,7 +114,7 @@ def _parts(
 
 def _sweep(
     row: dict[str, Any],
-    layer: experts.TritonExperts,
+    layer: experts.ExpertLayer[Any],
     x: Tensor,
     routed: Sequence[tuple[Tensor, Tensor]],
     replayed: Replayed,
@@ -116,7 +141,7 @@ def _sweep(
 
 
 def _product(
-    layer: experts.TritonExperts,
+    layer: experts.ExpertLayer[Any],
     x: Tensor,
     places: Tensor,
     product: str,

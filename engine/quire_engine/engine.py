@@ -52,7 +52,7 @@ from quire_engine.trace import RecordingScheduler
 from quire_kernels import best as best_kernels
 from quire_schemas.checkpoint import ModelProfile, read_config, read_profile
 from quire_schemas.gpu_sizing import HEAD_ROWS
-from quire_schemas.quantization import experts_misfit, misfit
+from quire_schemas.quantization import activations_misfit, experts_misfit, misfit
 from quire_schemas.sizing import kv_groups, kv_misfit
 from quire_schemas.wire import (
     MAX_LOGPROB_ENTRIES,
@@ -138,7 +138,8 @@ class Engine:
         _check_length(spec, profile)
         if spec.quantization is not None and (
             problem := misfit(profile, spec.quantization)
-            or experts_misfit(profile, spec.quantization.method, spec.device)
+            or experts_misfit(profile, spec.quantization.method)
+            or activations_misfit(profile, spec.quantization.method, spec.quantization.activations, spec.device)
         ):
             raise InvalidSpec(problem)
         if problem := kv_misfit(profile, spec.kv_dtype, spec.device):

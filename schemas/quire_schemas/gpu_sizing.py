@@ -193,7 +193,10 @@ def _peak(profile: ModelProfile, e: int, tokens: int, rows: int, quantization: Q
     rotary = tokens * profile.head_dim * 6  # before there is anything else of a layer
     if profile.experts is not None:
         chosen, routed, products = _routed(profile, profile.experts, e, tokens)
-        mlp = max(mlp if inner else 0, tokens * q * e + max(routed, chosen + tokens * hidden * e + products))
+        # the norm before them rounds for whoever may want it
+        coded = _codes(quantization, tokens, hidden)
+        some = tokens * q * e + coded + max(routed, chosen + tokens * hidden * e + products)
+        mlp = max(mlp if inner else 0, some)
     layer = through + max(attention, output, mlp, rotary)
     states = rows * 3 * hidden * e
     return max(layer, states + rows * profile.vocab_size * e + _multiplying(quantization, e, rows, hidden))

@@ -67,11 +67,13 @@ def resolve(
             if profile.fp8 is not None:
                 why = "weights in fp8 are widened on a CPU, where no input is rounded"
             other: Declared = "fp8" if activations == "fp8" else "int8"
-            met = (activations != "bf16" or dtype == "bfloat16") and not _unfit(profile, other, device)
+            met = (activations != "bf16" or dtype == "bfloat16") and not (
+                _unfit(profile, other, device) or activations_misfit(profile, other, activations, device)
+            )
             quantized = f", or method: {other}" if met else ""
             raise Unquantizable("activations", why, f"declare activations: auto{quantized}")
         return None
-    if problem := device_misfit(method, device) or experts_misfit(profile, method, device):
+    if problem := device_misfit(method, device) or experts_misfit(profile, method):
         raise Unquantizable("method", problem, _instead(profile, declared["method"], device))
     if activations in ("int8", "fp8") and (activations == "fp8") != (method == "fp8"):
         raise Unquantizable(
@@ -79,14 +81,11 @@ def resolve(
             f"{method} weights do not meet {activations} activations",
             "declare activations: auto, or bf16",
         )
-    if device == "cuda" and method == "int4":
-        if activations == "int8":
-            raise Unquantizable(
-                "activations",
-                "int4 weights meet int8 activations on a CPU alone, and this model runs on a GPU",
-                "declare activations: auto, or method: int8",
-            )
-        activations = FLOATS[dtype] if activations == "auto" else activations
+    if problem := activations_misfit(profile, method, activations, device):
+        other_one = ", or method: int8" if profile.experts is None else ""
+        raise Unquantizable("activations", problem, f"declare activations: auto{other_one}")
+    if activations == "auto" and activations_misfit(profile, method, "int8", device):
+        activations = FLOATS[dtype]
     if activations == "bf16" and dtype != "bfloat16":
         raise Unquantizable(
             "activations",
@@ -117,7 +116,7 @@ def _unfit(profile: ModelProfile, method: Declared, device: Literal["cpu", "cuda
     size = GROUP_SIZES[0] if method == "int4" else None
     return (
         device_misfit(method, device)
-        or experts_misfit(profile, method, device)
+        or experts_misfit(profile, method)
         or misfit(profile, Quantization(method, group_size=size))
     )
 
@@ -171,18 +170,26 @@ def device_misfit(method: str, device: Literal["cpu", "cuda"]) -> str:
     return "fp8 weights are multiplied on a GPU alone, and this model runs on a CPU"
 
 
-def experts_misfit(profile: ModelProfile, method: str, device: Literal["cpu", "cuda"]) -> str:
-    """Why experts quantized by that method cannot be had on that device; empty if they can, or if there are none:
-    those of a checkpoint in fp8 are widened, and none are made."""
+def experts_misfit(profile: ModelProfile, method: str) -> str:
+    """Why experts quantized by that method cannot be had; empty if they can, or if there are none: those of a
+    checkpoint in fp8 are widened, and none are made."""
     if profile.experts is not None and profile.experts.turned:
         return f"quantized experts of {profile.architecture} are not supported by this version"
     if profile.experts is None or (method == "fp8" and profile.fp8 is not None):
         return ""
-    if method == "fp8":
-        return f"experts ({profile.architecture}) have no products in fp8"
-    if device == "cpu":
+    return f"experts ({profile.architecture}) have no products in fp8" if method == "fp8" else ""
+
+
+def activations_misfit(
+    profile: ModelProfile, method: str, activations: str, device: Literal["cpu", "cuda"]
+) -> str:
+    """Why weights made by that method cannot meet such activations on that device; empty if they can."""
+    if activations != "int8" or device == "cpu" or method not in ("int8", "int4"):
         return ""
-    return f"quantized experts ({profile.architecture}) run on a CPU alone, and this model runs on a GPU"
+    which = "int4 weights" if method == "int4" else "experts in int8"
+    if method == "int8" and profile.experts is None:
+        return ""
+    return f"{which} meet int8 activations on a CPU alone, and this model runs on a GPU"
 
 
 def widened(profile: ModelProfile, quantization: Quantization | None) -> str:

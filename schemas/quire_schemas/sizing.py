@@ -746,9 +746,10 @@ def _offers(profile: ModelProfile, report: FitReport) -> Iterable[CounterOffer]:
         yield CounterOffer("spec.engine.kvCache.dtype", "int8 (other numbers)")
     if request.runner == "model" and request.quantization is None:
         four = FLOATS[request.dtype] if request.device == "cuda" else "int8"
-        for quantization in (Quantization("int8"), Quantization("int4", four, GROUP_SIZES[0])):
+        eight = "int8" if profile.experts is None else four
+        for quantization in (Quantization("int8", eight), Quantization("int4", four, GROUP_SIZES[0])):
             unfit = misfit(profile, quantization)
-            unfit = unfit or experts_misfit(profile, quantization.method, request.device)
+            unfit = unfit or experts_misfit(profile, quantization.method)
             if not unfit and fits(replace(request, quantization=quantization)):
                 yield CounterOffer("spec.quantization.method", f"{quantization.method} (other numbers)")
                 break

@@ -16,7 +16,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,7 +28,8 @@ from quire_kernels.quantized import Activations, Fp8Weight, QuantizedWeight
 from quire_kernels.reference import rounded
 from quire_kernels.triton import attention, attention_cuts, gate, heads, norm, rotation, tokens
 from quire_kernels.triton.attention import COUNTERS, Chip, StepAttention
-from quire_kernels.triton.experts import TritonExperts, route
+from quire_kernels.triton.coded import Coded
+from quire_kernels.triton.experts import CodedExperts, ExpertLayer, TritonExperts, route
 from quire_kernels.triton.product import TritonProduct
 from quire_kernels.triton.quantized import Room, TritonQuantizedProduct
 from quire_kernels.triton.rounding import Rounding
@@ -62,7 +63,7 @@ def require(name: str, capability: tuple[int, int]) -> None:
         )
 
 
-_Made = TypeVar("_Made", TritonProduct, TritonQuantizedProduct, TritonScaledProduct, TritonExperts)
+_Made = TypeVar("_Made", TritonProduct, TritonQuantizedProduct, TritonScaledProduct, TritonExperts, CodedExperts)
 
 
 @dataclass(slots=True, frozen=True)
@@ -119,7 +120,7 @@ class TritonKernels:
         self._room = Room(self._counters.device)
         self._rounding = Rounding()
         self._made: list[
-            weakref.ref[TritonProduct | TritonQuantizedProduct | TritonScaledProduct | TritonExperts]
+            weakref.ref[TritonProduct | TritonQuantizedProduct | TritonScaledProduct | ExpertLayer[Any]]
         ] = []
         """What has tilings of its own."""
 
@@ -187,7 +188,12 @@ class TritonKernels:
         activations: Activations,
         dtype: torch.dtype,
     ) -> Experts:
-        raise KernelError("the triton back-end has no quantized experts")
+        if activations != "float":
+            raise KernelError("the triton back-end multiplies experts in fewer bits by floating-point activations")
+        first, second, third = (Coded.of(weight, count, dtype) for weight in (gate, up, down))
+        return self._with_tilings(
+            CodedExperts(first, second, third, self._chip.shared_bytes, choices=self._chip.choices)
+        )
 
     def route(self, logits: Tensor, count: int, over_chosen: bool) -> tuple[Tensor, Tensor]:
         return route(logits, count, over_chosen)
@@ -234,7 +240,7 @@ class TritonKernels:
         most = max(served.sequences, served.tokens)
         for reference in self._made:
             made = reference()
-            if isinstance(made, TritonExperts):
+            if isinstance(made, ExpertLayer):
                 yield from made.trials(most, served.chosen)
             elif made is not None:
                 yield from made.trials(most)

@@ -29,7 +29,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 import torch
 import triton
@@ -37,6 +37,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quire_kernels.errors import KernelError
+from quire_kernels.triton.coded import UNIT, Coded, coded_sums
 from quire_kernels.triton.launch import dependent, fetch, wait
 from quire_kernels.tuning import Choices, Family, Trial, named
 
@@ -194,6 +195,8 @@ def _tile(
     x,
     weight,
     second,
+    scales,
+    second_scales,
     bias,
     second_bias,
     tokens,
@@ -213,6 +216,9 @@ def _tile(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     EVEN: tl.constexpr,
+    CODES: tl.constexpr,
+    GROUP: tl.constexpr,
+    LEFT: tl.constexpr,
 ):
     """Of `count` places from `first` on, with weights of one expert."""
     lanes, ks = tl.arange(0, ROWS), tl.arange(0, BLOCK_K)
@@ -225,25 +231,33 @@ def _tile(
     across: tl.constexpr = 0 if TALL else 1
     along: tl.constexpr = 1 - across
     # outputs behind the last one are computed as that one, and dropped
-    near = tl.minimum(output, outputs - 1) * width
-    here = tl.expand_dims(near, along) + tl.expand_dims(ks, across)
-    numbers = x + tl.expand_dims(row * x_stride, across) + tl.expand_dims(ks, along)
+    near = tl.minimum(output, outputs - 1)
+    numbers = x + tl.expand_dims(row * x_stride, across)
     real = tl.expand_dims(real, across)
     acc = tl.zeros([BLOCK_N, ROWS] if TALL else [ROWS, BLOCK_N], tl.float32)
     other = tl.zeros_like(acc)
-    for k in tl.range(0, width, BLOCK_K):
-        if EVEN:
-            number = tl.load(numbers + k, mask=real, other=0.0)
-            acc = _times(tl.load(weight + here + k), number, acc, TALL)
-            if GATED:
-                other = _times(tl.load(second + here + k), number, other, TALL)
-        else:
-            there = k + ks < width
-            number = tl.load(numbers + k, mask=tl.expand_dims(there, along) & real, other=0.0)
-            there = tl.expand_dims(there, across)
-            acc = _times(tl.load(weight + here + k, mask=there, other=0.0), number, acc, TALL)
-            if GATED:
-                other = _times(tl.load(second + here + k, mask=there, other=0.0), number, other, TALL)
+    if CODES > 0:
+        tl.static_assert(TALL)  # what is unpacked is in registers, where the narrow side cannot be
+        acc, other = coded_sums(
+            acc, other, weight, second, scales, second_scales, numbers, real, near, outputs, width,
+            GATED, CODES, GROUP, LEFT,
+        )  # fmt: skip
+    else:
+        here = tl.expand_dims(near * width, along) + tl.expand_dims(ks, across)
+        numbers += tl.expand_dims(ks, along)
+        for k in tl.range(0, width, BLOCK_K):
+            if EVEN:
+                number = tl.load(numbers + k, mask=real, other=0.0)
+                acc = _times(tl.load(weight + here + k), number, acc, TALL)
+                if GATED:
+                    other = _times(tl.load(second + here + k), number, other, TALL)
+            else:
+                there = k + ks < width
+                number = tl.load(numbers + k, mask=tl.expand_dims(there, along) & real, other=0.0)
+                there = tl.expand_dims(there, across)
+                acc = _times(tl.load(weight + here + k, mask=there, other=0.0), number, acc, TALL)
+                if GATED:
+                    other = _times(tl.load(second + here + k, mask=there, other=0.0), number, other, TALL)
     if BIASED:
         acc += tl.expand_dims(tl.load(bias + tl.minimum(output, outputs - 1)).to(tl.float32), along)
         if GATED:
@@ -266,6 +280,8 @@ def _grouped(
     x,
     weight,
     second,
+    scales,
+    second_scales,
     bias,
     second_bias,
     choice,
@@ -273,6 +289,8 @@ def _grouped(
     tokens,
     outputs,
     width,
+    row,
+    scale_count,
     x_stride,
     GATED: tl.constexpr,
     BIASED: tl.constexpr,
@@ -285,20 +303,24 @@ def _grouped(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     EVEN: tl.constexpr,
+    CODES: tl.constexpr,
+    GROUP: tl.constexpr,
+    LEFT: tl.constexpr,
     LINE: tl.constexpr,
     LINES: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """GATED: of tokens, with two weights, silu(first) · second; else of places, with one."""
+    """GATED: of tokens, with two weights, silu(first) · second; else of places, with one. CODES: what weights are
+    (`coded`); then `row` are words of an output and `scale_count` scales of an expert."""
     tile = tl.program_id(0)
     output = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     if DEPENDENT and not GATED:
         # who goes where is older than the kernel before this one: weights can be on their way before it has ended
         expert = tl.load(tiles + tile * _FACTS) if PLANNED else tl.load(choice + tile).to(tl.int32)
         if expert >= 0:
-            near = tl.minimum(output, outputs - 1) * width
-            lines = tl.minimum(tl.arange(0, LINES) * LINE, width - 1)
-            fetch(weight + expert.to(tl.int64) * outputs * width + near[:, None] + lines[None, :])
+            near = tl.minimum(output, outputs - 1) * row
+            lines = tl.minimum(tl.arange(0, LINES) * LINE, row - 1)
+            fetch(weight + expert.to(tl.int64) * outputs * row + near[:, None] + lines[None, :])
     wait(DEPENDENT)
     if PLANNED:
         expert = tl.load(tiles + tile * _FACTS)
@@ -307,21 +329,25 @@ def _grouped(
         first, count = tl.load(tiles + tile * _FACTS + 1), tl.load(tiles + tile * _FACTS + 2)
     else:
         expert, first, count = tl.load(choice + tile).to(tl.int32), tile, 1
-    weight += expert.to(tl.int64) * outputs * width
-    second += expert.to(tl.int64) * outputs * width
+    weight += expert.to(tl.int64) * outputs * row
+    second += expert.to(tl.int64) * outputs * row
+    scales += expert.to(tl.int64) * scale_count
+    second_scales += expert.to(tl.int64) * scale_count
     if BIASED:
         bias += expert * outputs
         second_bias += expert * outputs
     # of a few rows only half of what many would take is computed
     if HALVES and count <= ROWS // 2:
         _tile(
-            out, x, weight, second, bias, second_bias, tokens, first, count, output, outputs, width, x_stride,
-            GATED, BIASED, ALPHA, LIMIT, PLANNED, TALL, ROWS // 2, BLOCK_N, BLOCK_K, EVEN,
+            out, x, weight, second, scales, second_scales, bias, second_bias, tokens, first, count, output,
+            outputs, width, x_stride, GATED, BIASED, ALPHA, LIMIT, PLANNED, TALL, ROWS // 2, BLOCK_N, BLOCK_K,
+            EVEN, CODES, GROUP, LEFT,
         )  # fmt: skip
     else:
         _tile(
-            out, x, weight, second, bias, second_bias, tokens, first, count, output, outputs, width, x_stride,
-            GATED, BIASED, ALPHA, LIMIT, PLANNED, TALL, ROWS, BLOCK_N, BLOCK_K, EVEN,
+            out, x, weight, second, scales, second_scales, bias, second_bias, tokens, first, count, output,
+            outputs, width, x_stride, GATED, BIASED, ALPHA, LIMIT, PLANNED, TALL, ROWS, BLOCK_N, BLOCK_K,
+            EVEN, CODES, GROUP, LEFT,
         )  # fmt: skip
 
 
@@ -405,17 +431,23 @@ def most_tiles(pairs: int, experts: int, rows: int) -> int:
     return (pairs + (rows - 1) * min(experts, pairs)) // rows
 
 
+Weight = Tensor | Coded
+"""Of all experts, [E, N, K]."""
+Kept = TypeVar("Kept", bound="Tensor | Coded")
+
+
 def grouped(
     x: Tensor,
-    weight: Tensor,
-    second: Tensor | None,
+    weight: Weight,
+    second: Weight | None,
     choice: Tensor,
     plan: Plan | None,
     tiling: Tiling,
     biases: tuple[Tensor, ...] = (),
     clamp: Clamp | None = None,
 ) -> Tensor:
-    """Of each place the product with its expert's weight, [T · k, N].
+    """Of each place the product with its expert's weight, [T · k, N]. Of weights in few bits outputs are the tall
+    side, and `tiling.block_k` has no say: they are read unit by unit.
 
     With `second` silu(x · weightᵀ) · (x · secondᵀ) of tokens `x` [T, K]; else of places `x` [T · k, K]. The
     weights are [E, N, K], `biases` as many of [E, N], or none. Without a plan there is one token.
@@ -424,16 +456,31 @@ def grouped(
     out = torch.empty((choice.numel(), outputs), dtype=x.dtype, device=x.device)
     tiles, tokens = (choice, choice) if plan is None else (plan.tiles, plan.tokens)
     count = choice.shape[1] if plan is None else plan.tiles.shape[0]
+    second_one = weight if second is None else second
+    (numbers, scales, codes, group), (others, other_scales, *_) = map(_laid_out, (weight, second_one))
     _grouped[(count, triton.cdiv(outputs, tiling.block_n))](
-        out, x, weight, weight if second is None else second, biases[0] if biases else weight,
-        biases[-1] if biases else weight, choice, tiles, tokens, outputs, width, x.stride(0),
-        GATED=second is not None, BIASED=bool(biases), ALPHA=0.0 if clamp is None else clamp.alpha,
-        LIMIT=0.0 if clamp is None else clamp.limit, PLANNED=plan is not None, TALL=tiling.tall,
-        HALVES=tiling.halves, ROWS=tiling.rows, BLOCK_N=tiling.block_n, BLOCK_K=tiling.block_k,
-        EVEN=width % tiling.block_k == 0, LINE=_LINE_BYTES // weight.element_size(), LINES=_LINES,
-        num_warps=tiling.num_warps, num_stages=tiling.num_stages, **dependent(),
+        out, x, numbers, others, scales, other_scales, biases[0] if biases else scales,
+        biases[-1] if biases else scales, choice, tiles, tokens, outputs, width, numbers.shape[2],
+        scales[0].numel(), x.stride(0), GATED=second is not None, BIASED=bool(biases),
+        ALPHA=0.0 if clamp is None else clamp.alpha, LIMIT=0.0 if clamp is None else clamp.limit,
+        PLANNED=plan is not None, TALL=tiling.tall, HALVES=tiling.halves, ROWS=tiling.rows,
+        BLOCK_N=tiling.block_n, BLOCK_K=tiling.block_k, EVEN=width % tiling.block_k == 0, CODES=codes,
+        GROUP=group, LEFT=width % UNIT if codes else 0, LINE=_LINE_BYTES // numbers.element_size(),
+        LINES=_LINES, num_warps=tiling.num_warps, num_stages=tiling.num_stages, **dependent(),
     )  # fmt: skip
     return out
+
+
+def kind_of(weight: Weight) -> str:
+    """What its codes are; empty for numbers."""
+    return weight.kind if isinstance(weight, Coded) else ""
+
+
+def _laid_out(weight: Weight) -> tuple[Tensor, Tensor, int, int]:
+    """Numbers or words, scales, what the codes are, and the size of a group."""
+    if isinstance(weight, Coded):
+        return weight.words, weight.scales, weight.codes, weight.group
+    return weight, weight, 0, 0
 
 
 def join(out: Tensor, parts: Tensor, choice: Tensor, shares: Tensor, plan: Plan | None) -> None:
@@ -447,12 +494,18 @@ def join(out: Tensor, parts: Tensor, choice: Tensor, shares: Tensor, plan: Plan 
     )  # fmt: skip
 
 
-def tilings_for(tokens: int, chosen: int, experts: int, number_bytes: int, shared_bytes: int) -> Tilings:
+def tilings_for(
+    tokens: int, chosen: int, experts: int, number_bytes: int, shared_bytes: int, *, coded: bool = False
+) -> Tilings:
     """The tilings of a layer, by how many rows its experts have, `tokens` at most, and in the mean; and by what a
-    program may share on a multiprocessor. Found on an H200 (`benchmarks.gpu --parts experts --sweep`)."""
+    program may share on a multiprocessor. Found on an H200 (`benchmarks.gpu --parts experts --sweep`), but for
+    weights in few bits, with which nothing has been measured."""
     mean = tokens * chosen / experts
     if number_bytes > 2:
-        return _WIDE[0 if mean <= 8 or tokens <= 16 else 1]
+        return (_WIDE_CODED if coded else _WIDE)[0 if mean <= 8 or tokens <= 16 else 1]
+    if coded:
+        few, some = tokens <= 16 or mean <= 8, tokens <= 32 or mean <= 20
+        return _CODED[0 if few else 1 if some else 2]
     if tokens <= 16 or mean <= 8:
         return _NARROW[0]
     if tokens <= 32 or mean <= 20:
@@ -471,6 +524,19 @@ _NARROW = (
     Tilings(Tiling(128, 128, 64, 8, 4, halves=True), Tiling(128, 256, 64, 8, 4, halves=True)),
 )
 """Of numbers of 4 bytes and of 2."""
+_WIDE_CODED = tuple(Tilings(tiling, tiling) for tiling in (Tiling(16, 32, UNIT, 4, 2), Tiling(32, 32, UNIT, 4, 2)))
+_CODED = (
+    Tilings(Tiling(16, 64, UNIT, 4, 4), Tiling(16, 64, UNIT, 4, 5)),
+    Tilings(Tiling(32, 64, UNIT, 4, 3), Tiling(32, 64, UNIT, 4, 4)),
+    Tilings(Tiling(64, 64, UNIT, 4, 3, halves=True), Tiling(64, 128, UNIT, 8, 3, halves=True)),
+)
+"""Of weights in few bits: of the same numbers."""
+_BESIDE_CODED = (
+    Tilings(Tiling(16, 128, UNIT, 8, 3), Tiling(16, 128, UNIT, 8, 4)),
+    Tilings(Tiling(32, 128, UNIT, 8, 3), Tiling(32, 128, UNIT, 8, 3)),
+    Tilings(Tiling(64, 128, UNIT, 8, 2), Tiling(64, 128, UNIT, 8, 2)),
+    Tilings(Tiling(128, 64, UNIT, 8, 2, halves=True), Tiling(128, 128, UNIT, 8, 2, halves=True)),
+)
 _BESIDE = (
     Tilings(Tiling(16, 32, 256, 4, 3), Tiling(16, 64, 256, 4, 3)),
     Tilings(Tiling(32, 64, 128, 4, 3), Tiling(32, 128, 64, 4, 4)),
@@ -487,10 +553,14 @@ def rung_of(tokens: int) -> int:
     return 1 if tokens <= 1 else min(max(16, triton.next_power_of_2(tokens)), RUNGS[-1])
 
 
-def candidates(rung: int, chosen: int, experts: int, number_bytes: int, shared_bytes: int) -> tuple[Tilings, ...]:
+def candidates(
+    rung: int, chosen: int, experts: int, number_bytes: int, shared_bytes: int, *, coded: bool = False
+) -> tuple[Tilings, ...]:
     """The default with `rung` tokens, and others whose tiles are about as full."""
-    default = tilings_for(rung, chosen, experts, number_bytes, shared_bytes)
+    default = tilings_for(rung, chosen, experts, number_bytes, shared_bytes, coded=coded)
     every = _WIDE if number_bytes > 2 else (*_NARROW, *_BESIDE)
+    if coded:
+        every = _WIDE_CODED if number_bytes > 2 else (*_CODED, *_BESIDE_CODED)
     mean = rung * chosen / experts
     most = max(16.0, min(4 * mean, 2 * rung))
     some = (pair for pair in every if min(mean / 2, 64) <= pair.gated.rows <= most)
@@ -524,13 +594,13 @@ DOWN = tuple(
 
 
 @dataclass(slots=True, frozen=True, eq=False, weakref_slot=True)
-class TritonExperts:
-    """`Experts` of the Triton back-end."""
+class ExpertLayer(Generic[Kept]):
+    """`Experts` of the Triton back-end, of weights that are kept as numbers or as codes."""
 
-    gate: Tensor
+    gate: Kept
     """[E, I, W], as `up`; each of the three dense."""
-    up: Tensor
-    down: Tensor
+    up: Kept
+    down: Kept
     """[E, W, I]."""
     shared_bytes: int
     """That a program may share on a multiprocessor."""
@@ -543,7 +613,8 @@ class TritonExperts:
         count, inner, width = self.gate.shape
         inward, outward = (count, inner, width), (count, width, inner)
         for weight, shape in ((self.up, inward), (self.down, outward)):
-            if weight.shape != shape or weight.dtype != self.gate.dtype:
+            alike = kind_of(weight) == kind_of(self.gate) and weight.dtype == self.gate.dtype
+            if weight.shape != shape or not alike:
                 raise KernelError(
                     f"experts differ: {self.gate.dtype} {inward} and {weight.dtype} {tuple(weight.shape)}"
                 )
@@ -554,22 +625,27 @@ class TritonExperts:
     def tilings(self, tokens: int, chosen: int) -> Tilings:
         """Those of a step of so many tokens."""
         found: Tilings | None = self.choices.get("experts", self._facts(chosen), rung_of(tokens))
-        return found or tilings_for(
-            tokens, chosen, self.gate.shape[0], self.gate.element_size(), self.shared_bytes
-        )
+        return found or tilings_for(tokens, chosen, *self._cut_by, coded=isinstance(self.gate, Coded))
+
+    @property
+    def _cut_by(self) -> tuple[int, int, int]:
+        """What tilings go by, besides the step."""
+        return self.gate.shape[0], self.gate.dtype.itemsize, self.shared_bytes
 
     def _facts(self, chosen: int) -> tuple[str | int, ...]:
         gate = ["biased"] * (self.biases is not None) + ["clamped"] * (self.clamp is not None)
-        return named(self.gate.dtype), *self.gate.shape, chosen, "-".join(gate) or "plain"
+        coded = [kind] if (kind := kind_of(self.gate)) else []
+        return named(self.gate.dtype), *coded, *self.gate.shape, chosen, "-".join(gate) or "plain"
 
     def trials(self, tokens: int, chosen: int) -> Iterator[Trial]:
         """Of steps of up to `tokens` tokens, each of which goes through `chosen` experts."""
-        count, inner, width = self.gate.shape
+        count, coded = self.gate.shape[0], isinstance(self.gate, Coded)
+        each = sum(weight.nbytes for weight in (self.gate, self.up, self.down)) // count
         for below, rung in pairwise((0, *RUNGS)):
             if below < tokens:
                 some = min(rung, tokens)
-                tried = candidates(rung, chosen, count, self.gate.element_size(), self.shared_bytes)
-                read = 3 * inner * width * min(count, some * chosen) * self.gate.element_size()
+                tried = candidates(rung, chosen, *self._cut_by, coded=coded)
+                read = each * min(count, some * chosen)
                 family = Family("experts", self._facts(chosen), rung)
                 given = partial(self._given, some, chosen)
                 yield Trial(family, tried, given, self._launch, read)
@@ -605,4 +681,21 @@ class TritonExperts:
         join(out, parts, choice, shares, plan)
 
     def parameters(self) -> Iterator[Tensor]:
-        yield from (self.gate, self.up, self.down, *(self.biases or ()))
+        for weight in (self.gate, self.up, self.down):
+            if isinstance(weight, Coded):
+                yield from weight.parameters()
+            else:
+                yield weight
+        yield from self.biases or ()
+
+
+class TritonExperts(ExpertLayer[Tensor]):
+    """Of numbers."""
+
+    __slots__ = ()
+
+
+class CodedExperts(ExpertLayer[Coded]):
+    """Of codes."""
+
+    __slots__ = ()

@@ -178,13 +178,31 @@ def test_a_quantized_step_stays_below_the_plan(
     assert found >= 0.6 * (parts["step"] - constant)
 
 
+@pytest.mark.nightly
+@pytest.mark.parametrize("tokens", [100, 1000, 2000], ids=["padded", "program", "launched"])
+@pytest.mark.parametrize("quantization", [Quantization("int8", "fp32"), Quantization("int4", "fp32", 32)], ids=str)
+def test_a_step_of_experts_in_fewer_bits_stays_below_the_plan(
+    quantization: Quantization, tokens: int, tmp_path: Path
+) -> None:
+    test_a_quantized_step_stays_below_the_plan(EXPERTS, quantization, tokens, tmp_path)
+
+
 @pytest.mark.parametrize(
     "quantization",
-    [Quantization("int8"), Quantization("int4", "fp32", 32), Quantization("fp8", "fp8")],
+    [
+        Quantization("int8"),
+        Quantization("int4", "fp32", 32),
+        Quantization("fp8", "fp8"),
+    ],
     ids=str,
 )
-def test_quantizing_stays_below_the_plan(quantization: Quantization, tmp_path: Path) -> None:
-    shape = WIDE_HEAD | {"vocab_size": 40_000}
+@pytest.mark.parametrize("kind", [{}, EXPERTS], ids=["dense", "experts"])
+def test_quantizing_stays_below_the_plan(kind: dict[str, Any], quantization: Quantization, tmp_path: Path) -> None:
+    if kind:
+        if quantization.method == "fp8":
+            pytest.skip("none are made")
+        quantization = Quantization(quantization.method, "fp32", quantization.group_size)
+    shape = WIDE_HEAD | {"vocab_size": 40_000} | kind
     described = write_checkpoint(tmp_path, config(**shape))
     held = sizing.weight_bytes(described, "float32", quantization)
     models: list[Any] = []  # all stay: when one that is dropped is collected, nobody can tell
@@ -289,6 +307,7 @@ def test_experts_of_some_tokens_after_the_others_stay_below_the_plan(
             (None, Quantization("int8"), Quantization("int4", "bf16", 32), Quantization("fp8", "fp8")),
         ),
         (EXPERTS, None),
+        (EXPERTS, Quantization("int4", "fp32", 32)),
     ],
     ids=str,
 )

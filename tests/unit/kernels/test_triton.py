@@ -19,7 +19,7 @@ SMALL = ["86", "89", "120"]
 """Of which cards have less than half as much shared memory as those above."""
 BY_NIGHT = {"triton_ops_experts.py", "triton_ops_quantized.py", "triton_ops_scaled.py"}
 """Suites that take the interpreter longest; CI has those that every model needs, without their longest cases."""
-TOGETHER = {"triton_ops.py": ("triton_ops_tilings.py",)}
+TOGETHER = {"triton_ops.py": ("triton_ops_coded.py", "triton_ops_tilings.py")}
 """Suites that are short: a process takes longer to start than they do."""
 
 

@@ -25,6 +25,7 @@ from quire_kernels import Clamp, Fp8Weight, HeadNorms
 from quire_kernels.paging import PagedBatch
 from quire_kernels.reference.bytes import E4M3, LARGEST
 from quire_kernels.triton import (
+    coded,
     experts,
     gate,
     heads,
@@ -166,6 +167,23 @@ def through_experts(
     layer.cut(new(tokens, width, dtype=dtype), choice, shares, tilings or layer.tilings(tokens, chosen))
 
 
+def coded_weight(count: int, outputs: int, width: int, bits: int, group: int, dtype: torch.dtype) -> coded.Coded:
+    words = new(1, outputs, width * bits // 16, dtype=torch.int16).expand(count, -1, -1)
+    scales = new(count, width // group, outputs) if group else new(count, outputs, dtype=F32)
+    codes = coded.INT4 if group else coded.INT8
+    return coded.Coded(words, scales, codes, group, dtype, (count, outputs, width))
+
+
+def through_coded_experts(
+    tokens: int, count: int, chosen: int, width: int, inner: int, group: int, dtype: torch.dtype = BF16
+) -> None:
+    """`group` 0 is 8 bits."""
+    choice, shares = experts.route(new(tokens, count, dtype=F32), chosen, over_chosen=True)
+    each = partial(coded_weight, count, bits=4 if group else 8, group=group, dtype=dtype)
+    layer = experts.CodedExperts(each(inner, width), each(inner, width), each(width, inner), here.shared_bytes)
+    layer.cut(new(tokens, width, dtype=dtype), choice, shares, layer.tilings(tokens, chosen))
+
+
 def grouped(tiling: experts.Tiling, gated: bool) -> None:
     choice, weight = new(300, 8, dtype=torch.int64), new(1, 768, 2048).expand(128, -1, -1)
     plan = experts.Plan.of(choice, 128, tiling.rows)
@@ -255,6 +273,8 @@ LAUNCHES: list[Callable[[], Any]] = [
     lambda: prepare(1),
     lambda: through_experts(32, 128, 8, 2048, 768),
     lambda: through_experts(32, 32, 4, 2880, 2880, clamp=Clamp(1.702, 7.0)),
+    lambda: unpacked(partial(through_coded_experts, 32, 128, 8, 2048, 768, 0)),
+    lambda: through_coded_experts(32, 128, 8, 2048, 768, 32),
 ]
 MORE: list[Callable[[], Any]] = [
     lambda: norm.rms_norm(new(3, 80), new(80), 1e-6, PLAIN),
@@ -324,6 +344,17 @@ MORE: list[Callable[[], Any]] = [
 ]
 CANDIDATES: list[Callable[[], Any]] = [
     *(
+        partial(through_coded_experts, tokens, 8, 2, 4096, 14336, group)
+        for tokens in (1, 64, 2048)
+        for group in (0, 32, 64, 128)
+    ),
+    *(
+        partial(through_coded_experts, tokens, 5, 3, 96, 352, group, dtype)
+        for tokens in (1, 64)
+        for group in (0, 32)
+        for dtype in (F32, torch.float16)
+    ),
+    *(
         partial(grouped, tiling, gated)
         for gated in (True, False)
         for tiling in (experts.DOWN, experts.GATED)[gated]
@@ -387,6 +418,20 @@ def in_words(start: Callable[[], Any]) -> None:
     start()
     if len(PTX) == before or any(re.search(r"ld\.shared\S*\.[bsu]8\b", ptx) for ptx in PTX[before:]):
         raise RuntimeError("values go byte by byte")
+
+
+def unpacked(start: Callable[[], Any]) -> None:
+    """Raises if weights of this launch do not go from memory in whole vectors and become numbers in registers."""
+    before = len(PTX)
+    start()
+    found = [ptx for ptx in PTX[before:] if "0x007f007f" in ptx or "0x000f000f" in ptx]
+    if len(found) != 2:
+        raise RuntimeError(f"{len(found)} products unpack codes")
+    for ptx in found:
+        if not re.search(r"cp\.async\.\S+ \[.*\], \[.*\], 0x10", ptx):
+            raise RuntimeError("words do not come 16 bytes at a time")
+        if re.search(r"(ld|st)\.shared\S*\.[bsu]8\b", ptx):
+            raise RuntimeError("codes go byte by byte")
 
 
 def main() -> int:

@@ -16,6 +16,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from tests.unit.kernels.ptx_by_hand import by_hand
 
 from quire_kernels.paging import PagedBatch
 from quire_kernels.reference import ReferenceKernels
@@ -203,51 +204,12 @@ def test_e4m3_is_read_and_rounded_to_bit_by_bit(dtype: torch.dtype) -> None:
     assert torch.equal(found[1], high)
 
 
-def _by_hand(program: str, words: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """What a few instructions of PTX leave in each register, for `words` int32 in $2."""
-    held = {"$2": words}
-
-    def of(name: str) -> torch.Tensor:
-        if name.isdigit() or name.startswith("0x"):
-            return torch.tensor([int(name, 0)]).to(torch.int32)
-        return held[name]
-
-    for line in program.strip("{} \n").splitlines():
-        name, to, *given = line.replace(",", "").rstrip(";").split()
-        if name == ".reg":
-            continue
-        x, *more = (of(each) for each in given)
-        match name:
-            case "mov.b32":
-                held[to] = x
-            case "and.b32":
-                held[to] = x & more[0]
-            case "or.b32":
-                held[to] = x | more[0]
-            case "shl.b32":
-                held[to] = (x.long() << more[0]).to(torch.int32)
-            case "shr.b32":
-                held[to] = ((x.long() & 0xFFFFFFFF) >> more[0]).to(torch.int32)
-            case "lop3.b32":
-                assert given[3] == "0xea", line
-                held[to] = x & more[0] | more[1]
-            case "sub.f16x2":
-                held[to] = (x.view(dtype) - more[0].view(dtype)).view(torch.int32)
-            case "mul.f16x2" | "fma.rn.bf16x2":
-                product, *rest = (each.view(dtype).view(-1, 2) for each in (x, *more))
-                product = product * rest[0]
-                held[to] = (product + rest[1] if len(rest) == 2 else product).view(torch.int32).flatten()
-            case _:
-                raise ValueError(line)
-    return held
-
-
 @pytest.mark.parametrize(("program", "dtype"), [(TO_BFLOAT16, torch.bfloat16), (TO_FLOAT16, torch.float16)])
 def test_the_instructions_that_unpack_e4m3_by_hand(program: Any, dtype: torch.dtype) -> None:
     """The interpreter has no assembly: so that what GPUs run is not seen there alone."""
     octets = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16).view(torch.uint8)
     octets[octets & 127 == 127] = 0
-    found = _by_hand(program.value, octets.view(torch.int32), dtype)
+    found = by_hand(program.value, octets.view(torch.int32), dtype)
     for name, side in (("$0", 0), ("$1", 1)):
         expected = octets.view(-1, 2)[:, side].contiguous().view(E4M3).to(dtype)
         assert torch.equal(found[name].view(torch.int16), expected.view(torch.int16)), name
@@ -276,7 +238,7 @@ def test_every_two_neighbours_in_int8_are_read_bit_by_bit(dtype: torch.dtype) ->
 )
 def test_the_instructions_that_unpack_int8_by_hand(program: Any, dtype: torch.dtype) -> None:
     octets = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16).view(torch.int8)
-    found = _by_hand(program.value, octets.view(torch.int32), dtype)
+    found = by_hand(program.value, octets.view(torch.int32), dtype)
     for name, side in (("$0", 0), ("$1", 1)):
         expected = octets.view(-1, 2)[:, side].contiguous().to(dtype)
         assert torch.equal(found[name].view(torch.int16), expected.view(torch.int16)), name

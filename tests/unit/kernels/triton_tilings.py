@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import triton
-from tests.unit.kernels.triton_launches import BF16, CARDS, COUNTED, F32, PLAIN, Nowhere, new
+from tests.unit.kernels.triton_launches import BF16, CARDS, COUNTED, F32, PLAIN, Nowhere, coded_weight, new
 from triton.runtime.jit import KernelInterface
 
 from quire_kernels.quantized import Fp8Weight
@@ -79,6 +79,10 @@ def trials(chip: Chip) -> Iterator[Trial]:
         yield from made.trials(256)
     gate, down = new(1, 768, 2048).expand(128, -1, -1), new(1, 2048, 768).expand(128, -1, -1)
     yield from experts.TritonExperts(gate, gate, down, chip.shared_bytes).trials(2048, 8)
+    for group in (0, 32):
+        each = partial(coded_weight, 128, bits=4 if group else 8, group=group, dtype=BF16)
+        layer = experts.CodedExperts(each(768, 2048), each(768, 2048), each(2048, 768), chip.shared_bytes)
+        yield from layer.trials(2048, 8)
 
 
 def failures(capability: int) -> int:

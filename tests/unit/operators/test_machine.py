@@ -334,8 +334,7 @@ def test_a_checkpoint_in_fp8_runs_on_either_device() -> None:
     some, all_of_it = placed(with_gpu, experts), placed(CPU, experts)
     assert str(some.quantization) == "fp8, fp8 activations"
     assert all_of_it.weights > some.weights > 0.8 * all_of_it.weights, "experts are widened"
-    with pytest.raises(NoSuchNumbers, match=r"quantized experts.*CPU alone"):
-        placed(with_gpu, experts, quantization={"method": "int8"})
+    assert str(placed(with_gpu, experts, quantization={"method": "int8"}).quantization) == "int8, bf16 activations"
 
 
 def test_a_quantization_that_cannot_be_is_refused_at_its_field() -> None:
@@ -374,20 +373,23 @@ def test_keys_and_values_in_8_bits_are_placed_or_refused_at_their_field() -> Non
     assert "int8" in refused.value.hint
 
 
-def test_experts_run_on_a_gpu_unless_they_are_quantized() -> None:
+def test_experts_run_on_a_gpu_in_fewer_bits_too() -> None:
     mixtral = TINY | {"architectures": ["MixtralForCausalLM"], "num_key_value_heads": 4}
     with_gpu = replace(CPU, gpus=(Gpu(0, "g", 80 * GIB, 80 * GIB),))
     for machine in (CPU, with_gpu):
         assert placed(machine, mixtral).weights == profile_from_config(mixtral).weight_bytes
     assert placed(with_gpu, mixtral).device == "cuda"
-    eight = {"quantization": {"method": "int8"}}
-    with pytest.raises(
-        NoSuchNumbers, match=r"quantized experts \(MixtralForCausalLM\) run on a CPU alone"
-    ) as refused:
-        placed(with_gpu, mixtral, **eight)
-    assert (refused.value.path, refused.value.reason) == ("spec.quantization.method", "ConfigRejected")
-    assert "engine.device: cpu" in refused.value.hint
-    assert placed(with_gpu, mixtral, engine={"device": "cpu"}, **eight).quantization
+    for method in ("int8", "int4"):
+        found = placed(with_gpu, mixtral, quantization={"method": method})
+        assert found.quantization is not None
+        assert (found.device, found.quantization.activations) == ("cuda", "bf16")
+        assert found.weights == weight_bytes(profile_from_config(mixtral), "bfloat16", found.quantization)
+        on_cpu = placed(CPU, mixtral, quantization={"method": method})
+        assert (on_cpu.weights, str(on_cpu.quantization)[-16:]) == (found.weights, "int8 activations")
+    with pytest.raises(NoSuchNumbers, match="experts in int8 meet int8 activations on a CPU alone") as refused:
+        placed(with_gpu, mixtral, quantization={"method": "int8", "activations": "int8"})
+    assert (refused.value.path, refused.value.reason) == ("spec.quantization.activations", "ConfigRejected")
+    assert "activations: auto" in refused.value.hint
 
 
 def test_without_chunked_prefill_the_context_is_one_step_long() -> None:

@@ -131,15 +131,8 @@ def test_a_checkpoint_in_fp8_is_widened_on_a_cpu_unless_it_is_made_integers() ->
             "on a GPU alone",
             "declare method: none, or method",
         ),
-        (
-            section("int8"),
-            MIXTRAL,
-            "bfloat16",
-            "cuda",
-            "method",
-            "CPU alone",
-            "engine.device: cpu, or method: none",
-        ),
+        (section("int8", "int8"), MIXTRAL, "bfloat16", "cuda", "activations", "experts in int8 meet", "auto"),
+        (section("int4", "int8"), MIXTRAL, "bfloat16", "cuda", "activations", "int4 weights meet", "auto"),
         (section("none", "int8"), in_fp8(LLAMA_8B), "bfloat16", "cuda", "activations", "do not meet int8", "bf16"),
         (section("fp8", "int8"), LLAMA_8B, "bfloat16", "cuda", "activations", "do not meet int8", "auto, or bf16"),
         (section("int8", "fp8"), LLAMA_8B, "bfloat16", "cuda", "activations", "do not meet fp8", "auto, or bf16"),
@@ -344,6 +337,35 @@ def test_on_a_gpu_four_bits_leave_activations_alone(dtype: str) -> None:
         assert resolve(section("int8", "bf16"), LLAMA_8B, dtype=dtype, device="cuda") == Quantization(
             "int8", "bf16"
         )
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_on_a_gpu_experts_in_fewer_bits_meet_activations_as_they_are(dtype: str) -> None:
+    floats = FLOATS[dtype]
+    for declared, expected in (
+        (section("int8"), Quantization("int8", floats)),
+        (section("int4"), Quantization("int4", floats, 32)),
+        (section("int4", groups=128), Quantization("int4", floats, 128)),
+    ):
+        assert resolve(declared, MIXTRAL, dtype=dtype, device="cuda") == expected
+    for method in ("none", "int8", "int4"):
+        declared = section(method, "int8")
+        with pytest.raises(Unquantizable) as refused:
+            resolve(declared, MIXTRAL, dtype=dtype, device="cuda")
+        taken(refused.value.hint, declared, MIXTRAL, "cuda")
+    assert resolve(section("int8"), MIXTRAL, dtype=dtype, device="cpu") == Quantization("int8")
+
+
+@pytest.mark.parametrize(
+    ("gib", "expected"), [(6, Quantization("int8", "bf16")), (4, Quantization("int4", "bf16", 32)), (2, None)]
+)
+def test_a_gpu_that_is_too_small_for_experts_is_offered_fewer_bits(
+    gib: int, expected: Quantization | None
+) -> None:
+    found = offers(fit(MIXTRAL, gpu(gib, max_model_len=256))).get("spec.quantization.method")
+    assert (found or "none").split()[0] == (expected.method if expected else "none")
+    if expected:
+        assert fit(MIXTRAL, gpu(gib, max_model_len=256, quantization=expected)).fits
 
 
 @pytest.mark.parametrize(
