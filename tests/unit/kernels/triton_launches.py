@@ -273,8 +273,8 @@ LAUNCHES: list[Callable[[], Any]] = [
     lambda: prepare(1),
     lambda: through_experts(32, 128, 8, 2048, 768),
     lambda: through_experts(32, 32, 4, 2880, 2880, clamp=Clamp(1.702, 7.0)),
-    lambda: unpacked(partial(through_coded_experts, 32, 128, 8, 2048, 768, 0)),
-    lambda: through_coded_experts(32, 128, 8, 2048, 768, 32),
+    lambda: unpacked(partial(through_coded_experts, 32, 128, 8, 2048, 768, 0), 16),
+    lambda: unpacked(partial(through_coded_experts, 32, 128, 8, 2048, 768, 32), 8),
 ]
 MORE: list[Callable[[], Any]] = [
     lambda: norm.rms_norm(new(3, 80), new(80), 1e-6, PLAIN),
@@ -420,16 +420,16 @@ def in_words(start: Callable[[], Any]) -> None:
         raise RuntimeError("values go byte by byte")
 
 
-def unpacked(start: Callable[[], Any]) -> None:
-    """Raises if weights of this launch do not go from memory in whole vectors and become numbers in registers."""
+def unpacked(start: Callable[[], Any], copied: int) -> None:
+    """Raises if weights of this launch do not come from memory in copies of so many bytes, or go byte by byte."""
     before = len(PTX)
     start()
     found = [ptx for ptx in PTX[before:] if "0x007f007f" in ptx or "0x000f000f" in ptx]
     if len(found) != 2:
         raise RuntimeError(f"{len(found)} products unpack codes")
     for ptx in found:
-        if not re.search(r"cp\.async\.\S+ \[.*\], \[.*\], 0x10", ptx):
-            raise RuntimeError("words do not come 16 bytes at a time")
+        if not re.search(rf"cp\.async\.\S+ \[.*\], \[.*\], {copied:#x}\b", ptx):
+            raise RuntimeError(f"words do not come {copied} bytes at a time")
         if re.search(r"(ld|st)\.shared\S*\.[bsu]8\b", ptx):
             raise RuntimeError("codes go byte by byte")
 
