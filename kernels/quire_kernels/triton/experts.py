@@ -528,7 +528,7 @@ _WIDE_CODED = tuple(Tilings(tiling, tiling) for tiling in (Tiling(16, 32, UNIT, 
 _CODED = (
     Tilings(Tiling(16, 64, UNIT, 4, 4), Tiling(16, 64, UNIT, 4, 5)),
     Tilings(Tiling(32, 64, UNIT, 4, 3), Tiling(32, 64, UNIT, 4, 4)),
-    Tilings(Tiling(64, 64, UNIT, 4, 3, halves=True), Tiling(64, 128, UNIT, 8, 3, halves=True)),
+    Tilings(Tiling(64, 64, UNIT, 8, 3, halves=True), Tiling(64, 128, UNIT, 8, 3, halves=True)),
 )
 """Of weights in few bits: of the same numbers."""
 _BESIDE_CODED = (
