@@ -108,7 +108,9 @@ def test_a_quantized_model_is_the_plain_one_of_rounded_weights(
     round_checkpoint(tmp_path / "float", tmp_path / "rounded", quantization, tied=tied)
     found = logits(open_model(tmp_path / "float", quantization, backend))
     expected = logits(open_model(tmp_path / "rounded"))
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    # of logits around ten: products agree to 5e-7, and what is left of that behind shares of experts depends on
+    # the order in which a processor adds. Unrounded weights are fifty times as far away and more
+    torch.testing.assert_close(found, expected, atol=2e-5 * expected.abs().max().item(), rtol=0)
     plain = logits(open_model(tmp_path / "float"))
     assert (plain - expected).abs().max() > 0.01, "rounding is what is looked at"
 
