@@ -1,43 +1,51 @@
 #!/usr/bin/env bash
 # Quire on an NVIDIA GPU: correctness first, then figures, a short table last.
 #
-#   benchmarks/gpu_check.sh                    everything, 20 to 40 minutes; no part takes more than ten
+#   benchmarks/gpu_check.sh                    everything, an hour; no part takes more than ten minutes
 #   benchmarks/gpu_check.sh --quick            fewer batch sizes and requests
 #   benchmarks/gpu_check.sh 8b                 correctness, then these parts of benchmarks.gpu alone
+#   benchmarks/gpu_check.sh --rehearse         without a GPU: the same, small, in Triton's interpreter; no figures
 #
 # Needs torch, triton, transformers and what engine, kernels and schemas import, pytest besides; no network, no
 # litestar, nothing installed of this repository. PYTHON says which Python, OUT where rows go, COMMIT what they are
-# of. Ends with 0 if all was right and measured, 1 if not; without correctness nothing is measured.
+# of, SANITIZER where compute-sanitizer is. Ends with 0 if all was right and measured, 1 if not; without correctness
+# nothing is measured.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
 default=python3
 [ -x .venv/bin/python ] && default=.venv/bin/python
 PYTHON=${PYTHON:-$default}
-OUT=${OUT:-benchmarks/results/gpu.jsonl}
 COMMIT=${COMMIT:-$(git rev-parse --short HEAD 2>/dev/null || echo unknown)}
 export PYTHONPATH="$PWD/schemas:$PWD/kernels:$PWD/engine:$PWD/platform:$PWD${PYTHONPATH:+:$PYTHONPATH}"
 unset TRITON_INTERPRET
+SANITIZER=${SANITIZER:-compute-sanitizer}
 LIMIT=600
 
-every=(attention tune products experts 0.6b 0.6b-int8-kv 0.6b-fp8-kv 8b 8b-int8 8b-int8-fp8-kv 8b-int4 8b-fp8
-       transformers-0.6b transformers-8b)
+read -ra every <<<"$("$PYTHON" -m benchmarks.gpu --list)"
 quick=()
 parts=()
+rehearse=''
 for given in "$@"; do
     case "$given" in
-    --quick) quick=(--quick) ;;
-    -*) echo "error: $given is no option" >&2; echo "hint: --quick, or parts: exactness ${every[*]}" >&2; exit 2 ;;
+    --quick) quick+=(--quick) ;;
+    --rehearse) quick+=(--rehearse) rehearse=yes ;;
+    -*) echo "error: $given is no option" >&2; echo "hint: --quick, --rehearse, or parts: exactness ${every[*]}" >&2; exit 2 ;;
     *) parts+=("$given") ;;
     esac
 done
 [ ${#parts[@]} -eq 0 ] && parts=("${every[@]}")
 
-if ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+if [ -n "$rehearse" ]; then
+    # a processor is slow, and its rows lie nowhere near figures
+    OUT=${OUT:-$(mktemp)} LIMIT=1800
+    export TRITON_INTERPRET=1
+elif ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     echo "error: torch sees no GPU" >&2
-    echo "hint: nvidia-smi; $PYTHON -c 'import torch; print(torch.version.cuda)'" >&2
+    echo "hint: nvidia-smi; $PYTHON -c 'import torch; print(torch.version.cuda)'; --rehearse needs none" >&2
     exit 1
 fi
+OUT=${OUT:-benchmarks/results/gpu.jsonl}
 command -v nvidia-smi >/dev/null && nvidia-smi --query-gpu=name,driver_version,memory.used,memory.total --format=csv,noheader
 
 verdicts=()
@@ -58,11 +66,12 @@ attempt() {
 }
 
 tests=("$PYTHON" -m pytest -q --noconftest -c /dev/null --rootdir=. -p no:cacheprovider --import-mode=importlib)
+[ -n "$rehearse" ] && tests+=(--collect-only)
 before=0
 [ -f "$OUT" ] && before=$(wc -l <"$OUT")
 finish() {
     echo
-    "$PYTHON" -m benchmarks.gpu_table "$OUT" --after "$before" || wrong=1
+    "$PYTHON" -m benchmarks.gpu.table "$OUT" --after "$before" || wrong=1
     printf '%s\n' "${verdicts[@]}"
     exit $wrong
 }
@@ -81,7 +90,8 @@ for at in "${!names[@]}"; do
     tail -n 1 "$logs/${names[$at]}"
 done
 rm -r "$logs"
-attempt "greedy tokens against transformers" "$PYTHON" -m benchmarks.gpu --parts exactness --commit "$COMMIT" --out "$OUT"
+attempt "greedy tokens against transformers" "$PYTHON" -m benchmarks.gpu --parts exactness --commit "$COMMIT" --out "$OUT" \
+    ${quick[@]+"${quick[@]}"}
 if [ $wrong -ne 0 ]; then
     finish
 fi
@@ -92,12 +102,12 @@ for part in "${parts[@]}"; do
 done
 
 # ── last, for it takes longest ─────────────────────────────────────────────────────────────────────────────
-if command -v compute-sanitizer >/dev/null; then
+if [ -z "$rehearse" ] && command -v "$SANITIZER" >/dev/null; then
     # without torch's caching, whatever lies outside of a tensor lies outside of an allocation
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 attempt "compute-sanitizer" \
-        compute-sanitizer --tool memcheck --error-exitcode 9 --target-processes all \
+        "$SANITIZER" --tool memcheck --error-exitcode 9 --target-processes all \
         "${tests[@]}" -x tests/unit/kernels/triton_ops_attention.py -k "decode or mixed or 8_bits"
 else
-    verdicts+=("compute-sanitizer: not installed, not run")
+    verdicts+=("compute-sanitizer: NOT RUN: there is no $SANITIZER${rehearse:+, and no GPU}")
 fi
 finish

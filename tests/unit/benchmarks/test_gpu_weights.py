@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks.gpu_weights import RandomWeights
+from benchmarks.gpu.weights import RandomWeights
 
 from quire_engine.quantization import linear_method
 from quire_kernels import load

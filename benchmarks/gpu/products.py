@@ -23,9 +23,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from triton.runtime.jit import KernelInterface
 
+from benchmarks.gpu.device import Card, Device
+from quire_engine.engine import DTYPES
 from quire_kernels import Fp8Weight
 from quire_kernels.quantized import FP8_BLOCK
-from quire_kernels.triton import quantized, scaled
+from quire_kernels.triton import INTERPRETED, quantized, scaled
 from quire_kernels.triton.attention import Chip
 from quire_kernels.triton.quantized import Line, Packed, Room, Tiling, TritonQuantizedProduct
 from quire_kernels.triton.rounding import FLOATS, Rounding, round_rows
@@ -159,13 +161,13 @@ def _choice(kind: Kind, shape: tuple[int, int], rows: int) -> Tiling | Line | No
 # ── measuring ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _weight(kind: Kind, shape: tuple[int, int], device: str) -> Packed | Fp8Weight:
+def _weight(kind: Kind, shape: tuple[int, int], device: str, *, filled: bool = False) -> Packed | Fp8Weight:
     outputs, width = shape
     size = kind.group_size
     made = partial(torch.empty, device=device)
     if kind.scaled:
         coded = Fp8Weight.empty(outputs, width, FP8_BLOCK, device)
-        if device == "cuda":
+        if filled:
             coded.values.random_(0, 126)
             coded.scales.fill_(0.01)
         return coded
@@ -175,17 +177,19 @@ def _weight(kind: Kind, shape: tuple[int, int], device: str) -> Packed | Fp8Weig
         scales = made((width // size, outputs), dtype=BF16)
     else:
         values, scales = made((outputs, width), dtype=torch.int8), made(outputs)
-    if device == "cuda":
+    if filled:
         values.random_()
         scales.fill_(0.01)
     return Packed(values, scales, size, outputs, width)
 
 
-def _product(weight: Packed | Fp8Weight, kind: Kind) -> TritonQuantizedProduct | TritonScaledProduct:
-    room, chip = Room(weight.values.device), Chip.current().multiprocessors
+def _product(
+    weight: Packed | Fp8Weight, kind: Kind, number: torch.dtype = BF16
+) -> TritonQuantizedProduct | TritonScaledProduct:
+    room, chip = Room(weight.values.device), 8 if INTERPRETED else Chip.current().multiprocessors
     if isinstance(weight, Fp8Weight):
-        return TritonScaledProduct(weight, None, kind.rounds, BF16, room, Rounding(), chip)
-    return TritonQuantizedProduct(weight, None, kind.rounds, BF16, room, Rounding(), chip)
+        return TritonScaledProduct(weight, None, kind.rounds, number, room, Rounding(), chip)
+    return TritonQuantizedProduct(weight, None, kind.rounds, number, room, Rounding(), chip)
 
 
 def _launch(mine: TritonQuantizedProduct | TritonScaledProduct, x: Tensor, tiling: Tiling | Line | None) -> Tensor:
@@ -215,30 +219,41 @@ def _copies(size: int) -> int:
 
 
 def product_rows(
-    card: Any, replayed: Callable[..., float], *, sweep: bool, kinds: str = "", rows_of: str = ""
+    device: Device, card: Card, *, sweep: bool, kinds: str = "", rows_of: str = ""
 ) -> Iterator[dict[str, Any]]:
     """Rows of the part. `kinds` and `rows_of`, separated by commas, narrow a sweep down."""
     chosen = [kind for kind in KINDS if not kinds or kind.name in kinds.split(",")]
     counts = [int(word) for word in rows_of.split(",")] if rows_of else list(ROWS)
     shapes = {name: shape for name, shape in SHAPES.items() if not sweep or name != "head"}
+    small, number, place = device.scale.small, DTYPES[device.dtype], device.torch.type
+    if small:
+        shapes, counts, sweep = {"out": (128, 128)}, [1, 8], False
     tried: dict[tuple[Kind, int], list[Tiling | Line]] = {
         (kind, rows): tilings(kind, rows) if sweep else [] for kind in chosen for rows in counts
     }
-    _compile_all(
-        [
-            *((kind, shape, rows, None) for kind, rows in tried for shape in shapes.values()),
-            *((kind, SHAPES["out"], rows, tiling) for (kind, rows), given in tried.items() for tiling in given),
-        ]
-    )
-    plain = {(name, rows): seconds for name in shapes for rows, seconds in _cublas(shapes[name], counts, replayed)}
+    if not small:  # the interpreter compiles nothing
+        _compile_all(
+            [
+                *((kind, shape, rows, None) for kind, rows in tried for shape in shapes.values()),
+                *(
+                    (kind, SHAPES["out"], rows, tiling)
+                    for (kind, rows), given in tried.items()
+                    for tiling in given
+                ),
+            ]
+        )
+    plain = {(name, rows): seconds for name in shapes for rows, seconds in _cublas(device, shapes[name], counts)}
     for kind in chosen:
         for name, shape in shapes.items():
-            first = _weight(kind, shape, "cuda")
+            first = _weight(kind, shape, place, filled=True)
             size = first.values.nbytes + first.scales.nbytes
-            products = [_product(first, kind)]
-            products += [_product(_weight(kind, shape, "cuda"), kind) for _ in range(_copies(size) - 1)]
+            copies = device.scale.at_most(_copies(size), 2)
+            products = [_product(first, kind, number)]
+            products += [
+                _product(_weight(kind, shape, place, filled=True), kind, number) for _ in range(copies - 1)
+            ]
             for rows in counts:
-                x = torch.randn(rows, shape[1], dtype=BF16, device="cuda")
+                x = torch.randn(rows, shape[1], dtype=number, device=device.torch)
                 found: list[tuple[float, Tiling | Line | None]] = []
                 worth = [
                     tiling
@@ -246,13 +261,12 @@ def product_rows(
                     if _fills(tiling, rows if kind.rounds or kind.scaled else 2 * rows, shape[0])
                 ]
                 for tiling in [None, *worth]:
-                    turns = cycle(products)
+                    work = _in_turns(products, partial(_launch, x=x, tiling=tiling))
                     try:
-                        seconds = replayed(
-                            lambda turns=turns, x=x, tiling=tiling: _launch(next(turns), x, tiling),
-                            max(len(products), 4 if rows > 256 else 10),
-                        )
-                    except Exception as error:  # noqa: BLE001 - more shared memory than there is
+                        seconds = device.replayed(work, max(len(products), 4 if rows > 256 else 10))
+                    except Exception as error:
+                        if tiling is None:
+                            raise  # others need more shared memory than there is
                         print(f"{kind.name} {name} {rows} {tiling}: {type(error).__name__}", flush=True)
                         continue
                     found.append((seconds, tiling))
@@ -270,19 +284,19 @@ def product_rows(
                         **({} if tiling is None else {"tiling": list(tiling)}),
                     }
             del products, first
-            torch.cuda.empty_cache()
+            device.release()
 
 
-def _cublas(
-    shape: tuple[int, int], counts: list[int], replayed: Callable[..., float]
-) -> Iterator[tuple[int, float]]:
+def _cublas(device: Device, shape: tuple[int, int], counts: list[int]) -> Iterator[tuple[int, float]]:
     outputs, width = shape
-    weights = [torch.randn(outputs, width, dtype=BF16, device="cuda") for _ in range(_copies(2 * outputs * width))]
+    made = partial(torch.randn, dtype=DTYPES[device.dtype], device=device.torch)
+    weights = [made(outputs, width) for _ in range(device.scale.at_most(_copies(2 * outputs * width), 2))]
     for rows in counts:
-        x, turns = torch.randn(rows, width, dtype=BF16, device="cuda"), cycle(weights)
-        yield (
-            rows,
-            replayed(
-                lambda turns=turns, x=x: F.linear(x, next(turns)), max(len(weights), 4 if rows > 256 else 10)
-            ),
-        )
+        work = _in_turns(weights, partial(F.linear, made(rows, width)))
+        yield rows, device.replayed(work, max(len(weights), 4 if rows > 256 else 10))
+
+
+def _in_turns(things: Sequence[Any], work: Callable[[Any], object]) -> Callable[[], object]:
+    """Does `work` with one after the other."""
+    turns = cycle(things)
+    return lambda: work(next(turns))

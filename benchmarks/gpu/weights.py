@@ -13,10 +13,8 @@ from quire_schemas.checkpoint import ModelProfile, expected_tensors
 class RandomWeights:
     """A `TensorSource` of normal numbers (standard deviation 0.02, norms 1), made on `device`."""
 
-    dtype = torch.bfloat16
-
-    def __init__(self, profile: ModelProfile, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, profile: ModelProfile, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> None:
+        self.device, self.dtype = device, dtype
         self._shapes = dict(expected_tensors(profile))
         self._generator = torch.Generator(device).manual_seed(0)
 
@@ -38,7 +36,7 @@ class RandomWeights:
     def turned(self, name: str, parts: int = 1) -> list[Tensor]:
         count, inputs, outputs = self._shapes[name]
         shape = (count, outputs // parts, inputs)
-        made = (torch.empty(shape, dtype=torch.bfloat16, device=self.device) for _ in range(parts))
+        made = (torch.empty(shape, dtype=self.dtype, device=self.device) for _ in range(parts))
         return [each.normal_(0.0, 0.02, generator=self._generator) for each in made]
 
     def stack(self, names: Sequence[str], dtype: torch.dtype | None = None) -> Tensor:

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quire_kernels import Kernels, QuantizedWeight
-from quire_kernels import load as load_kernels
+from benchmarks.gpu.device import Card, Device
+from quire_engine.engine import DTYPES
+from quire_kernels import QuantizedWeight
 from quire_kernels.quantized import quantize_int4, quantize_int8
 from quire_kernels.triton import experts
 
-CUDA = torch.device("cuda")
 LAYERS = {"qwen3-30b-a3b": (128, 8, 2048, 768), "mixtral-8x7b": (8, 2, 4096, 14336)}
 """Experts, of which each token goes through so many; hidden width, width inside."""
 WEIGHTS = {"bf16": None, "int8": 0, "int4/32": 32, "int4/128": 128}
@@ -30,18 +30,18 @@ Replayed = Callable[[Callable[[], object], int], float]
 """Seconds of one call of so many that a graph holds."""
 
 
-def experts_rows(
-    replayed: Replayed, bandwidth: float, rate: float, *, sweep: bool, quick: bool
-) -> Iterator[dict[str, Any]]:
-    """Rows of all layers and steps; `bandwidth` in bytes and `rate` in bf16 operations a second."""
-    kernels = load_kernels("triton")
+def experts_rows(device: Device, card: Card, *, sweep: bool, quick: bool) -> Iterator[dict[str, Any]]:
+    """Rows of all layers, their weights, and steps."""
+    replayed, small = device.replayed, device.scale.small
+    bandwidth, rate = card.bandwidth, card.bf16
+    layers = {"small": (4, 2, 128, 128)} if small else LAYERS
     for (name, (count, chosen, width, inner)), (weights, group) in itertools.product(
-        LAYERS.items(), WEIGHTS.items()
+        layers.items(), WEIGHTS.items()
     ):
-        layer = _layer(kernels, count, width, inner, group)
+        layer = _layer(device, count, width, inner, group)
         each = sum(part.nbytes for part in layer.parameters()) / count
-        for tokens in TOKENS[::2] if quick else TOKENS:
-            x, logits = _random(tokens, width), _logits(tokens, count, chosen)
+        for tokens in (1, 8) if small else TOKENS[::2] if quick else TOKENS:
+            x, logits = _numbers(device, tokens, width), _logits(device, tokens, count, chosen)
             routed = [experts.route(one, chosen, over_chosen=True) for one in logits]
             used = sum(len({*choice.flatten().tolist()}) for choice, _ in routed) / len(routed)
             size, operations = each * used, 6 * width * inner * tokens * chosen
@@ -64,14 +64,15 @@ def experts_rows(
                 yield from _sweep(row, layer, x, routed, replayed)
 
 
-def _layer(kernels: Kernels, count: int, width: int, inner: int, group: int | None) -> experts.ExpertLayer[Any]:
+def _layer(device: Device, count: int, width: int, inner: int, group: int | None) -> experts.ExpertLayer[Any]:
     shapes = ((count, inner, width), (count, inner, width), (count, width, inner))
-    gate, up, down = (_random(*shape).mul_(shape[2] ** -0.5) for shape in shapes)
+    kernels, dtype = device.kernels(), DTYPES[device.dtype]
+    gate, up, down = (_numbers(device, *shape).mul_(shape[2] ** -0.5) for shape in shapes)
     if group is None:
         layer = kernels.experts(gate, up, down)
     else:
         layer = kernels.quantized_experts(
-            _coded(gate, group), _coded(up, group), _coded(down, group), count, "float", torch.bfloat16
+            _coded(gate, group), _coded(up, group), _coded(down, group), count, "float", dtype
         )
     assert isinstance(layer, experts.ExpertLayer)
     return layer
@@ -122,7 +123,7 @@ def _sweep(
     """Each product by each tiling that may suit: the best three, and the slowest."""
     count, (tokens, chosen) = layer.gate.shape[0], routed[0][0].shape
     mean = tokens * chosen / count
-    places = _random(tokens * chosen, layer.gate.shape[1])
+    places = torch.randn(tokens * chosen, layer.gate.shape[1], dtype=x.dtype, device=x.device)
     for product, every in (("gated", experts.GATED), ("down", experts.DOWN)):
         found: list[tuple[float, experts.Tiling]] = []
         for tiling in every:
@@ -164,16 +165,16 @@ def _each(work: Callable[..., object], given: Sequence[tuple[Any, ...]]) -> Call
     return lambda: work(*next(turns))
 
 
-def _logits(tokens: int, count: int, chosen: int) -> list[Tensor]:
+def _logits(device: Device, tokens: int, count: int, chosen: int) -> list[Tensor]:
     """Routers' logits of several steps; of single tokens such that one after the other they choose all experts."""
     steps = max(4, count // chosen if tokens == 1 else 0)
-    logits = [torch.randn(tokens, count, device=CUDA) for _ in range(steps)]
+    logits = [torch.randn(tokens, count, device=device.torch) for _ in range(steps)]
     if tokens == 1:
-        order = torch.randperm(count, device=CUDA)
+        order = torch.randperm(count, device=device.torch)
         for step, one in enumerate(logits):
-            one[0, order[torch.arange(chosen, device=CUDA) + step * chosen % count]] += 100.0
+            one[0, order[torch.arange(chosen, device=device.torch) + step * chosen % count]] += 100.0
     return logits
 
 
-def _random(*shape: int) -> Tensor:
-    return torch.randn(shape, dtype=torch.bfloat16, device=CUDA)
+def _numbers(device: Device, *shape: int) -> Tensor:
+    return torch.randn(shape, dtype=DTYPES[device.dtype], device=device.torch)
