@@ -80,8 +80,10 @@ finish() {
 # most of their time is compiling, which is one processor's work: side by side
 logs=$(mktemp -d)
 names=() running=()
+timing=triton_ops_tilings
 for suite in tests/unit/kernels/triton_ops*.py tests/unit/engine/resident_cases.py tests/unit/engine/resident_memory.py; do
     name=$(basename "$suite" .py)
+    [ "$name" = $timing ] && continue
     timeout --kill-after=10 $LIMIT "${tests[@]}" "$suite" >"$logs/$name" 2>&1 &
     names+=("$name") running+=($!)
 done
@@ -90,6 +92,8 @@ for at in "${!names[@]}"; do
     tail -n 1 "$logs/${names[$at]}"
 done
 rm -r "$logs"
+# what measures has the card for itself
+attempt $timing "${tests[@]}" tests/unit/kernels/$timing.py
 attempt "greedy tokens against transformers" "$PYTHON" -m benchmarks.gpu --parts exactness --commit "$COMMIT" --out "$OUT" \
     ${quick[@]+"${quick[@]}"}
 if [ $wrong -ne 0 ]; then

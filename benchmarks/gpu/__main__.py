@@ -12,7 +12,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,8 @@ class Run:
     readings: Any
     options: argparse.Namespace
     used_before: int | None
+    began: float = _STARTED
+    """When this part did; the first one with the process."""
 
     @property
     def quick(self) -> bool:
@@ -93,8 +95,9 @@ def main() -> None:
 def _rows(parts: dict[str, Callable[[Run], Iterator[Row]]], run: Run, about: Row) -> list[str]:
     """Takes the rows of all that are asked for, as they come; returns what failed."""
     failed = list[str]()
-    for part in run.options.parts.split(","):
+    for number, part in enumerate(run.options.parts.split(",")):
         began = time.perf_counter()
+        run = replace(run, began=began) if number else run
         try:
             for row in parts[part](run):
                 print(json.dumps(row), flush=True)
@@ -181,7 +184,7 @@ def _against(run: Run, name: str, kinds: tuple[str, ...]) -> Iterator[Row]:
         name,
         run.readings,
         whole,
-        limit=run.options.limit - (time.perf_counter() - _STARTED),
+        limit=run.options.limit - (time.perf_counter() - run.began),
         kv_bytes=min(40 << 30, max(left // 2, 1 << 30)),
         seqs=256 if name == "qwen3-0.6b" else 1000,
     )

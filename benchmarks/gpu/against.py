@@ -77,7 +77,7 @@ class Rounds:
         yield self._against("sequential", "one at a time", alone)
 
     def _static(self) -> Iterator[dict[str, Any]]:
-        tried = yield from self._tried({}, "")
+        tried = yield from self._tried({}, "", self._trial_end())
         ordered = by_output(self.pairs)
         best = None
         for size in sorted(tried, key=tried.__getitem__):
@@ -92,7 +92,7 @@ class Rounds:
             "static", f"batches of {best}, in order", partial(self._batches, self.pairs, best), repeats=1
         )
         # last, for it compiles, and nobody knows how long
-        kept = yield from self._tried({"cache_implementation": "static"}, ", static cache", sizes=(best,))
+        kept = yield from self._tried({"cache_implementation": "static"}, ", static cache", self.until, (best,))
         if best in kept and kept[best] < tried[best]:
             way = partial(self._batches, ordered, best, cache_implementation="static")
             yield self._against("static", f"batches of {best}, by output, static cache", way)
@@ -101,7 +101,7 @@ class Rounds:
         return self.peers.static(pairs, size, until, **options)
 
     def _tried(
-        self, options: dict[str, Any], name: str, sizes: tuple[int, ...] = STATIC
+        self, options: dict[str, Any], name: str, until: float, sizes: tuple[int, ...] = STATIC
     ) -> Generator[dict[str, Any], None, dict[int, float]]:
         """Rows of trials; returns by size how long all would take."""
         ordered, found = by_output(self.pairs), dict[int, float]()
@@ -110,13 +110,12 @@ class Rounds:
             if size in found:
                 continue
             row: dict[str, Any] = self._row("peer trial", "static", f"batches of {size}{name}")
-            largest = [max(ordered[at : at + size], key=sum) for at in range(0, len(ordered), size)]
             batch = ordered[len(ordered) - size :]
             try:
-                if not all(self.peers.fits([one] * size) for one in largest):
+                if not all(self.peers.fits(ordered[at : at + size]) for at in range(0, len(ordered), size)):
                     raise MemoryError("keys and values of a batch do not fit")
                 tokens = self._device.scale.at_most(_TRIAL_TOKENS, 3)
-                step = self.peers.step_seconds(batch, tokens, self._trial_end(), **options)
+                step = self.peers.step_seconds(batch, tokens, until, **options)
                 found[size] = step * static_tokens(ordered, size)
                 row |= {"ms": round(step * 1000, 2), "seconds_expected": round(found[size], 1)}
             except Exception as error:  # noqa: BLE001 - of a peer, and the row says it

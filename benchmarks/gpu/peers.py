@@ -83,9 +83,12 @@ class Peers:
     # ── static batches ────────────────────────────────────────────────────────────────────────────────
 
     def fits(self, batch: Pairs) -> bool:
-        """Whether keys and values of a batch find room, in a cache that is copied layer by layer as it grows."""
+        """Whether a batch finds room: keys and values in a cache that is copied layer by layer as it grows, and
+        what an MLP has at once of all prompts."""
         width, longest = max(p for p, _ in batch), max(o for _, o in batch)
-        return 1.15 * len(batch) * (width + longest) * self._bytes_per_token + (2 << 30) < self._free
+        inside: int = 3 * len(batch) * width * self.model.config.intermediate_size * self.model.dtype.itemsize
+        kept = 1.15 * len(batch) * (width + longest) * self._bytes_per_token
+        return kept + inside + (1 << 30) < self._free
 
     @property
     def _free(self) -> float:

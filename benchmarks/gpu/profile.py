@@ -120,14 +120,14 @@ def _prefill(bench: Bench, card: Card, tokens: int) -> dict[str, Any]:
     length, rng = scale.at_most(tokens, 40), random.Random(tokens)
     prompts = scale.at_most(max(1, bench.spec.max_num_batched_tokens // length), 1)
 
-    def work() -> None:
+    def prepared() -> Callable[[], None]:
         for number in range(prompts):
             bench.add(str(number), length, 1, rng)
-        bench.drain()
+        return bench.drain
 
-    work()
-    alone = _wall(work)
-    spans = bench.device.spans(work)
+    prepared()()
+    alone = _wall(prepared())
+    spans = bench.device.spans(prepared())
     profile = bench.profile
     attention = 2 * profile.num_layers * length * length * profile.q_size * prompts
     products = prompts * prompt_operations(bench, length) - attention

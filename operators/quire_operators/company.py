@@ -84,7 +84,8 @@ def _refuse_taken_keys(store: Store, reviews: Sequence[Review], leaving: Sequenc
                 holder(stored.key, stored.created_at, declared)
     for review in reviews:
         since = review.old.created_at if review.old is not None else float("inf")
-        declared_keys = review.resolved.get("keys", ()) if review.key.kind == "accesspolicy" else ()
+        holds = review.key.kind == "accesspolicy" and not has_expired(review.resolved, time.time())
+        declared_keys = review.resolved.get("keys", ()) if holds else ()
         for index, declared in enumerate(declared_keys):
             pair = holder(review.key, since, declared)
             if pair is None or pair[0] == pair[1] or review.refusal is not None:

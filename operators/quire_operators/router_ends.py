@@ -45,6 +45,8 @@ class RouterEnds:
         # a note of a version before counts starts
         before = told["told"] if "told" in told else told.get("starts", 1) - 1
         ends = known - (before if same else 0)
+        if seen.stopping and seen.ended is not None and seen.ended.asked:
+            ends = 0  # it was told to
         at = list(told.get("ends", ())) if same and told.get("labels") == dict(seen.labels) else []
         if ends > 0:
             how = seen.ended.text() if seen.ended is not None else "for an unknown cause"
@@ -52,7 +54,8 @@ class RouterEnds:
             text = f"the router ended{often}: {how}; {_follows(seen, known)}"
             self._store.add_event(self._key, "Warning", "RouterEnded", text)
             if seen.ended is None or not error_of(seen.ended):
-                at = [*at, *[self._clock()] * ends][-LOOP_ENDS:]
+                # one for a look: nobody knows when the others were that nobody saw
+                at = [*at, self._clock()][-LOOP_ENDS:]
         now = {
             "nonce": seen.nonce,
             "told": known,
@@ -70,10 +73,7 @@ class RouterEnds:
         for end in status.worker_ends:
             if end.number <= last:
                 continue
-            code, killer = (end.code, None) if end.code >= 0 else (None, -end.code)
-            how = Ended(code, killer, asked=False).text()
-            why = f", as {end.because}" if end.because else ""
-            text = f"worker {end.worker} of the router ended: {how}{why}; {restarts(end.restarts, end.pause)}"
+            text = f"worker {end.worker} of the router ended: {_how(end)}; {restarts(end.restarts, end.pause)}"
             self._store.add_event(self._key, "Warning", "WorkerEnded", text)
         now = {"pid": status.pid, "number": max((end.number for end in status.worker_ends), default=last)}
         if now["number"] != last:
@@ -88,9 +88,17 @@ class RouterEnds:
         """For how many seconds it still counts as one that ends again and again; 0 if it does not. One that says
         why it ends is a failure of its own, and not counted."""
         ends = self._store.note(NOTE).get("ends", ())
-        if len(ends) < LOOP_ENDS:
+        if len(ends) < LOOP_ENDS or ends[-1] - ends[-LOOP_ENDS] > LOOP_SECONDS:
             return 0.0
-        return float(max(ends[-LOOP_ENDS] + LOOP_SECONDS - self._clock(), 0.0))
+        return float(max(ends[-1] + LOOP_SECONDS - self._clock(), 0.0))
+
+
+def _how(end: wire.WorkerEnd) -> str:
+    if end.code is None:
+        return end.because
+    code, killer = (end.code, None) if end.code >= 0 else (None, -end.code)
+    how = Ended(code, killer, asked=False).text()
+    return f"{how}, as {end.because}" if end.because else how
 
 
 def restarts(number: int, pause: float) -> str:

@@ -898,8 +898,8 @@ class WorkerEnd(msgspec.Struct, frozen=True):
     number: int
     """Of this end among all of the router's, from 1 on."""
     worker: int
-    code: int
-    """Its exit status; below 0 the signal that killed it."""
+    code: int | None
+    """Its exit status; below 0 the signal that killed it; None if it never ran, or nobody waited for it."""
     because: str
     """Why the head killed it; "" if it did not."""
     restarts: int

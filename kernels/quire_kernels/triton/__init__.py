@@ -49,16 +49,16 @@ INTERPRETED: bool = knobs.runtime.interpret
 """Whether kernels run on a CPU: decided at import, as each kernel is."""
 
 
-_OLDEST = (8, 0)
+OLDEST = (8, 0)
 """Compute capability that kernels are made for, and later ones: Ampere has bfloat16 and copies that run beside."""
 
 
 def require(name: str, capability: tuple[int, int]) -> None:
     """Raises `BackendUnavailable` of a card that is too old."""
-    if capability < _OLDEST:
+    if capability < OLDEST:
         raise BackendUnavailable(
-            f"{name} has compute capability {capability[0]}.{capability[1]}, and the kernels need {_OLDEST[0]}."
-            f"{_OLDEST[1]} or later. hint: use an Ampere card or a newer one (A10, L4, RTX 30 and later), or "
+            f"{name} has compute capability {capability[0]}.{capability[1]}, and the kernels need {OLDEST[0]}."
+            f"{OLDEST[1]} or later. hint: use an Ampere card or a newer one (A10, L4, RTX 30 and later), or "
             "spec.engine.device: cpu"
         )
 

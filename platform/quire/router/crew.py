@@ -212,7 +212,8 @@ class Crew:
         """Have a worker with this number, again and again."""
         pause, restarts = PAUSES[0], 0
         while self._grace is None:
-            lasted, code, because = 0.0, os.EX_OSERR, ""
+            lasted, because = 0.0, ""
+            code: int | None = None
             try:
                 lasted, code, because = await self._live(index)
             except OSError as error:
@@ -246,6 +247,7 @@ class Crew:
             raise
         finally:
             its.close()
+        because = ""
         line: Wire = await Line.over(mine, workers.FromHeadFrame, workers.FromWorkerFrame)
         member = self._members[index] = Member(index, process, line, time.monotonic())
         line.tell(workers.Take(self._fleet.table))
@@ -257,6 +259,7 @@ class Crew:
                 self._heard(member, message)
         except wire.WireError as error:
             log.error("worker %d: %s", index, error)
+            because = f"it said what the head does not understand: {error}"
         finally:
             lasted = 0.0 if member.serving_since is None else time.monotonic() - member.serving_since
             self._bury(member)
@@ -268,7 +271,7 @@ class Crew:
                 log.error("what is installed now is not what this router runs: replace the gateway to have it")
             level = logging.ERROR if code else logging.INFO
             log.log(level, "worker %d (pid %d) ended with %d; another one is started", index, process.pid, code)
-        return lasted, code, "it stood still" if member.still else ""
+        return lasted, code, "it stood still" if member.still else because
 
     async def _remove(self, index: int) -> None:
         """However a life ended, there is none of that number now."""

@@ -12,7 +12,7 @@ from benchmarks.gpu.profile import BETWEEN, GROUPS, OTHER, group_of, kernel_grou
 
 import quire_kernels.triton
 
-NO_KERNELS = {"attention_cuts", "bytes", "launch", "tanh", "timing"}
+NO_KERNELS = {"attention_cuts", "bytes", "coded", "launch", "tanh", "timing"}
 """Files whose functions are parts of other kernels, if they are for the device at all."""
 
 

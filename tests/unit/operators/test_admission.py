@@ -646,3 +646,20 @@ def test_what_policies_are_to_one_another_and_to_names_is_said_before(store: Sto
     assert first.warnings == ["spec.allow.models[2]: nothing is served as 'none' yet"]
     assert second.refusal is not None
     assert second.refusal.reason == "KeyTaken"
+
+
+def test_a_policy_of_the_same_set_that_has_expired_keeps_no_key(admission: Admission) -> None:
+    key = Digest.of(new_key())
+    head = "apiVersion: quire.dev/v1alpha1\nkind: AccessPolicy\nmetadata: {name: %s}\n"
+    head += "spec: {keys: [%s], allow: {models: [m0]}%s}\n"
+    declared = f"{{name: k, hash: '{key}'}}"
+    expired = ", expiresAt: '2001-01-01T00:00:00Z'"
+    for old, refused in ((expired, False), ("", True)):
+        sets = [
+            ("a", head % ("a", declared, old)),
+            ("b", head % ("b", declared.replace("name: k", "name: l"), "")),
+        ]
+        loaded = manifest.load(sets)
+        assert not loaded.problems
+        _, new = admission.review(loaded.resources)
+        assert (new.refusal is not None) is refused

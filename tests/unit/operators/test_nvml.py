@@ -287,3 +287,10 @@ def test_a_watch_shows_the_last_reading_and_counts_what_drivers_report(monkeypat
     now[0] += STALE_SECONDS + 1
     assert watch.gpus == (), "an old reading is none"
     assert 'device="cuda:0"}' not in generate_latest(registry).decode()
+
+
+def test_what_is_planned_with_is_what_the_kernels_take() -> None:
+    """Neither may import the other."""
+    from quire_kernels.triton import OLDEST
+
+    assert nvml.OLDEST == OLDEST
