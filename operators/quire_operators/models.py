@@ -44,7 +44,6 @@ from quire_operators.placement import Placement
 from quire_operators.records import StoredObject
 from quire_operators.rollout import Cause, Goal, Orphan, Process, Row, Seen, World
 from quire_operators.routables import Standing, canary_name, routables
-from quire_operators.router_ends import restarts
 from quire_operators.routes import ROUTES, Routable, Routes
 from quire_operators.secrets import without_tokens
 from quire_operators.store import Store
@@ -457,9 +456,9 @@ class ModelReconciler:
                 self._changed(ROUTES)
                 await self._fleet.stop(self._folder(row), grace)
             case rollout.Backoff() | rollout.Fail():
-                row, follows = self._move(step), "it is not tried again"
-                if isinstance(step, rollout.Backoff):
-                    follows = restarts(step.restarts, step.not_before - self._clock())
+                # without numbers: ends of one kind are one event, which is counted
+                again = "started again after a pause" if isinstance(step, rollout.Backoff) else "not tried again"
+                row, follows = self._move(step), f"it is {again}"
                 text = f"{row.id}: {step.exit.reason}: {step.exit.message}; {follows}"
                 self._store.add_event(key, "Warning", step.exit.reason, text)
             case rollout.Drain():

@@ -239,9 +239,7 @@ def test_jumps_of_the_wall_clock_change_nothing(plane: Plane) -> None:
         os.kill(plane.wait_served("timed")["replicas"][0]["pid"], signal.SIGKILL)
         eventually(lambda: plane.view("timed")["replicas"][0]["state"] == "Backoff", "it waits a second")
         text = events(plane, "timed")["ProcessEnded"]["message"]
-        assert re.fullmatch(
-            r"timed-r1-0: ProcessEnded: killed by SIGKILL; restart 1 follows in (0\.[89]\d?|1(\.[012])?) s", text
-        ), text
+        assert text == "timed-r1-0: ProcessEnded: killed by SIGKILL; it is started again after a pause"
         plane.move_clock(-30 * 86400)
         plane.kill()
         plane.start()

@@ -289,8 +289,10 @@ def test_logits_equal_transformers_at_every_position(name: str, backend: str, tm
     for begin, end in ((0, 1), (1, 40), (40, 41), (41, 100), *((at, at + 1) for at in range(100, 120))):
         found.append((end - 1, server.step([(0, text[begin:end])])[0]))
     assert expected.abs().max() > 1
+    # of logits around ten: float32 adds up in another order on each kind of processor, and experts amplify it
+    bound = 2e-5 * expected.abs().max().item()
     for row, logits in found:
-        torch.testing.assert_close(logits, expected[row], atol=1e-4, rtol=0)
+        torch.testing.assert_close(logits, expected[row], atol=bound, rtol=0)
     assert model.bytes == sum(parameter.nbytes for parameter in theirs.parameters())
     if profile.logit_softcap is not None:
         assert expected.abs().max() > 0.99 * profile.logit_softcap, "the cap bites"
