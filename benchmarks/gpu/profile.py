@@ -75,6 +75,8 @@ def shares(spans: Sequence[Span]) -> tuple[dict[str, float], dict[str, tuple[flo
     """Microseconds of each group and of `between`; and of each kernel, with how many there were. `spans` are in
     the order of their starts.
     """
+    if not spans:
+        raise RuntimeError("nothing ran on the device in the steps that are looked at")
     groups, kernels = defaultdict[str, float](float), dict[str, tuple[float, int]]()
     cursor = spans[0].start
     for span in spans:

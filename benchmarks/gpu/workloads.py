@@ -119,7 +119,7 @@ class Scale:
         return min(number, least) if self.small else number
 
     def pairs(self, pairs: Pairs) -> Pairs:
-        return [(min(prompt, 9), min(output, 3)) for prompt, output in pairs[:4]] if self.small else pairs
+        return [(min(prompt, 9), min(output, 6)) for prompt, output in pairs[:4]] if self.small else pairs
 
     def stands_for(self, **figures: Any) -> dict[str, Any]:
         """What a row of a rehearsal says besides: the workload that it stands for."""
