@@ -112,7 +112,7 @@ def test_a_small_layer(group: int) -> None:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_a_layer(shape: tuple[int, ...], group: int, dtype: torch.dtype) -> None:
     if group and any(inputs % group for inputs in shape[3:]):
-        pytest.skip("has no such groups")
+        pytest.skip("its widths have no such groups, on a GPU neither")
     check(shape, group, dtype)
 
 
@@ -123,7 +123,7 @@ def test_any_even_number_of_inputs_in_8_bits(inputs: int, dtype: torch.dtype) ->
     check((3, 3, 2, inputs, 66), 0, dtype)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="takes hours")
+@pytest.mark.skipif(INTERPRETED, reason="takes hours in the interpreter; benchmarks/gpu_check.sh runs it on a GPU")
 @pytest.mark.parametrize("group", FORMATS)
 @pytest.mark.parametrize("shape", REAL, ids=str)
 def test_a_layer_of_real_size(shape: tuple[int, ...], group: int) -> None:
