@@ -365,7 +365,10 @@ def test_ctrl_c_detaches_and_the_rollout_goes_on(platform: Platform) -> None:
 def test_ctrl_c_at_any_moment_ends_quietly_and_loses_nothing(platform: Platform) -> None:
     """Of commands that start the control plane, submit, watch and stop; at moments spread over their life."""
     platform.run("apply", platform.gateway, platform.model("m"))
-    moments = random.Random(3)  # the same moments in every run
+    moments = random.Random(3)  # the same moments in every run, of a life as long as it is on this machine now
+    began = time.monotonic()
+    platform.run("get")
+    life = time.monotonic() - began
     commands: list[tuple[str | Path, ...]] = [
         ("get",),
         ("apply", platform.model("n")),
@@ -379,7 +382,7 @@ def test_ctrl_c_at_any_moment_ends_quietly_and_loses_nothing(platform: Platform)
         if number == 3:
             kill_control_plane(platform)
         command = platform.start(*args)
-        time.sleep(0.1 + moments.random() * 0.7)
+        time.sleep(0.1 + moments.random() * 1.3 * life)
         command.send_signal(signal.SIGINT)
         _, err = command.communicate(timeout=60)
         codes.add(command.returncode)

@@ -111,8 +111,8 @@ def test_row_08_a_replica_is_ready_when_the_router_has_acknowledged_it(plane: Pl
 
 
 def test_row_10_a_slow_start_that_gets_on_is_waited_for_and_one_that_does_not_is_ended(plane: Plane) -> None:
-    patience = "  probes: {startup: {timeout: 2s}}\n  restartPolicy: {backoffBase: 100ms}\n"
-    plane.apply(model("slow", patience, LOAD="3"), model("stuck", patience, REPEAT=1))
+    patience = "  probes: {startup: {timeout: 4s}}\n  restartPolicy: {backoffBase: 100ms}\n"
+    plane.apply(model("slow", patience, LOAD="5"), model("stuck", patience, REPEAT=1))
     assert plane.wait_served("slow")["replicas"][0]["incarnation"] == 1
     view = eventually(
         lambda: (v := plane.view("stuck"))["replicas"] and v["replicas"][0]["restarts"] and v, "it is ended"

@@ -101,21 +101,21 @@ class WireEngine:
 
     async def start(self) -> WireEngine:
         self.socket.unlink(missing_ok=True)
-        self._server = await asyncio.start_unix_server(self._talk, path=self.socket)
+        self._server = await asyncio.start_unix_server(self._taken, path=self.socket)
         return self
 
     async def stop(self) -> None:
         """As if the process was killed: the socket stops listening and all connections are cut."""
         if self._server is not None:
             self._server.close()
-        await asyncio.sleep(0)  # a connection that was taken this moment has its talk now
+        for _ in range(3):  # rounds of the loop from a connection's accept to its talk
+            await asyncio.sleep(0)
         self.cut()
-        talks = [talk for talk in self._talks if not talk.done()]
+        talks = list(self._talks)
         for talk in talks:
             talk.cancel()
         if talks:
             await asyncio.wait(talks)
-        self._talks.clear()
         await asyncio.sleep(0)  # transports end in the loop, which may be closed next
         self.socket.unlink(missing_ok=True)
 
@@ -124,11 +124,15 @@ class WireEngine:
             writer.transport.abort()
         self.running.clear()
 
-    async def _talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._talks.add(task)
+    def _taken(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Begin the talk of a connection; `stop` and `cut` find both from here on, also before its first step."""
         self._writers.add(writer)
+        talk = asyncio.create_task(self._talk(reader, writer))
+        self._talks.add(talk)
+        talk.add_done_callback(self._talks.discard)
+        talk.add_done_callback(lambda _: self._writers.discard(writer))
+
+    async def _talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         stepping = asyncio.create_task(self._step_for_ever(writer))
         try:
             frames: wire.Reader[wire.ToEngine] = wire.Reader(reader, wire.ToEngine)
@@ -141,8 +145,6 @@ class WireEngine:
             stepping.cancel()
             await asyncio.wait([stepping])
             self.running = {name: run for name, run in self.running.items() if run.writer is not writer}
-            self._talks.discard(task)
-            self._writers.discard(writer)
             writer.transport.abort()
 
     def _hear(self, message: wire.ToEngine, writer: asyncio.StreamWriter) -> None:
