@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import socket
+import statistics
 import struct
 import subprocess
 import sys
@@ -19,7 +20,7 @@ import msgspec
 import pytest
 import torch
 from safetensors.torch import save_file
-from tests.effort import times
+from tests.effort import bound, times
 from tests.engine_specs import run, tiny_spec
 from tests.integration.engine_process import Process
 
@@ -140,7 +141,8 @@ def test_a_life_from_starting_to_a_clean_end(start: Callable[..., Process], fold
     last = engine.events[-2]
     assert last.bytes_done == last.bytes_total > 10_000_000
     gaps = [after - before for before, after in zip(engine.seen_at[1:], engine.seen_at[2:], strict=False)]
-    assert max(gaps) < 1.0, "loading is reported at least once a second"
+    assert statistics.median(gaps) < 1.0, "loading is reported at least once a second"
+    assert max(gaps) < bound(1.0)
 
     client = connect(folder)
     client.send(Generate("a", [5, 6, 7], SHORT))

@@ -79,13 +79,20 @@ def down(grace: float) -> int:
 
 
 def _answer(client: Client) -> dict[str, Any] | None:
-    """What the control plane says of itself; None if there is none, or it ends while it is asked."""
-    try:
-        return dict(client.get("/v1/ping"))
-    except Unreachable:
-        if client.is_running():
-            raise
-        return None
+    """What the control plane says of itself; None if there is none. One that does not listen and has the lock is
+    about to do so, or is ending: it is waited for."""
+    deadline = time.monotonic() + EXTRA_SECONDS
+    while True:
+        try:
+            return dict(client.get("/v1/ping"))
+        except Unreachable:
+            if client.is_running():
+                raise
+        state = client.state
+        if not state.daemon_lock.exists() or wait_for_lock(state, time.monotonic() + 0.1):
+            return None
+        if time.monotonic() > deadline:
+            raise _still_runs(state, EXTRA_SECONDS)
 
 
 def _living(state: StateDir) -> list[Path]:
@@ -123,9 +130,13 @@ def _wait_down(client: Client, timeout: float) -> None:
     stop everything stays, and says so."""
     if wait_for_lock(client.state, time.monotonic() + timeout, lambda: _raise_failure(client)):
         return
-    raise CommandFailed(
-        f"the control plane still runs after {timeout:g} s",
-        f"see its log: {display(client.state.log('controlplane'))}",
+    raise _still_runs(client.state, timeout)
+
+
+def _still_runs(state: StateDir, seconds: float) -> CommandFailed:
+    return CommandFailed(
+        f"the control plane still runs after {seconds:g} s",
+        f"see its log: {display(state.log('controlplane'))}",
         ExitCode.TIMED_OUT,
     )
 

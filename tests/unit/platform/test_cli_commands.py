@@ -897,6 +897,22 @@ def test_down_says_what_stops_and_waits_for_the_lock(
     assert not state.runtime.exists()
 
 
+def test_down_waits_for_a_control_plane_that_is_ending_already(
+    state: StateDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It does not listen any more: a down before this one was interrupted."""
+    state.create()
+    with open(state.daemon_lock, "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        release = threading.Timer(0.3, fcntl.flock, (lock, fcntl.LOCK_UN))
+        release.start()
+        before = time.monotonic()
+        assert main(["down"]) == ExitCode.OK
+        assert time.monotonic() - before >= 0.25
+        release.join()
+    assert said(capsys)[0] == "nothing is running\n"
+
+
 def test_a_down_that_leaves_something_alive_says_what_and_fails(
     state: StateDir, server: AdminServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
