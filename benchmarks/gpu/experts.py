@@ -18,13 +18,33 @@ from torch import Tensor
 from benchmarks.gpu.device import Card, Device
 from quire_engine.engine import DTYPES
 from quire_kernels import QuantizedWeight
+from quire_kernels.mxfp4 import Mxfp4Weight
 from quire_kernels.quantized import quantize_int4, quantize_int8
 from quire_kernels.triton import experts
 
-LAYERS = {"qwen3-30b-a3b": (128, 8, 2048, 768), "mixtral-8x7b": (8, 2, 4096, 14336)}
+
+def _any_mxfp4(rows: Tensor) -> Mxfp4Weight:
+    """Any codes, of about the size of `rows`: nothing here makes them of numbers."""
+    weight = Mxfp4Weight.empty(rows.shape[0], rows.shape[1], rows.device)
+    weight.values.random_()
+    weight.scales.random_(116, 121)
+    return weight
+
+
+LAYERS = {
+    "qwen3-30b-a3b": (128, 8, 2048, 768),
+    "mixtral-8x7b": (8, 2, 4096, 14336),
+    "gpt-oss-20b": (32, 4, 2880, 2880),
+}
 """Experts, of which each token goes through so many; hidden width, width inside."""
-WEIGHTS = {"bf16": None, "int8": 0, "int4/32": 32, "int4/128": 128}
-"""Of codes the inputs of a group."""
+WEIGHTS: dict[str, Callable[[Tensor], QuantizedWeight] | None] = {
+    "bf16": None,
+    "int8": quantize_int8,
+    "int4/32": partial(quantize_int4, group_size=32),
+    "int4/128": partial(quantize_int4, group_size=128),
+    "mxfp4": _any_mxfp4,
+}
+"""How those that are no numbers are made."""
 TOKENS = (1, 8, 32, 128, 256, 2048)
 Replayed = Callable[[Callable[[], object], int], float]
 """Seconds of one call of so many that a graph holds."""
@@ -35,10 +55,12 @@ def experts_rows(device: Device, card: Card, *, sweep: bool, quick: bool) -> Ite
     replayed, small = device.replayed, device.scale.small
     bandwidth, rate = card.bandwidth, card.bf16
     layers = {"small": (4, 2, 128, 128)} if small else LAYERS
-    for (name, (count, chosen, width, inner)), (weights, group) in itertools.product(
+    for (name, (count, chosen, width, inner)), (weights, make) in itertools.product(
         layers.items(), WEIGHTS.items()
     ):
-        layer = _layer(device, count, width, inner, group)
+        if weights == "int4/128" and width % 128:
+            continue
+        layer = _layer(device, count, width, inner, make)
         each = sum(part.nbytes for part in layer.parameters()) / count
         for tokens in (1, 8) if small else TOKENS[::2] if quick else TOKENS:
             x, logits = _numbers(device, tokens, width), _logits(device, tokens, count, chosen)
@@ -60,27 +82,23 @@ def experts_rows(device: Device, card: Card, *, sweep: bool, quick: bool) -> Ite
                 "bound": "bytes" if size / bandwidth >= operations / rate else "operations",
             }
             yield row | {"tilings": tilings, "parts_us": _parts(layer, x, logits, routed, tilings, replayed)}
-            if sweep and group is None:  # those of codes are timed where an engine starts
+            if sweep and make is None:  # those of codes are timed where an engine starts
                 yield from _sweep(row, layer, x, routed, replayed)
 
 
-def _layer(device: Device, count: int, width: int, inner: int, group: int | None) -> experts.ExpertLayer[Any]:
+def _layer(
+    device: Device, count: int, width: int, inner: int, make: Callable[[Tensor], QuantizedWeight] | None
+) -> experts.ExpertLayer[Any]:
     shapes = ((count, inner, width), (count, inner, width), (count, width, inner))
     kernels, dtype = device.kernels(), DTYPES[device.dtype]
     gate, up, down = (_numbers(device, *shape).mul_(shape[2] ** -0.5) for shape in shapes)
-    if group is None:
+    if make is None:
         layer = kernels.experts(gate, up, down)
     else:
-        layer = kernels.quantized_experts(
-            _coded(gate, group), _coded(up, group), _coded(down, group), count, "float", dtype
-        )
+        first, second, third = (make(weight.flatten(0, 1)) for weight in (gate, up, down))
+        layer = kernels.quantized_experts(first, second, third, count, "float", dtype)
     assert isinstance(layer, experts.ExpertLayer)
     return layer
-
-
-def _coded(weight: Tensor, group: int) -> QuantizedWeight:
-    rows = weight.flatten(0, 1)
-    return quantize_int4(rows, group) if group else quantize_int8(rows)
 
 
 def _whole(layer: experts.ExpertLayer[Any], x: Tensor, chosen: int, logits: Tensor) -> Tensor:

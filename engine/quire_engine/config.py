@@ -97,7 +97,8 @@ def _check_quantization(spec: EngineSpec, quantization: Quantization) -> None:
         raise InvalidSpec(problem)
     if spec.runner == "scripted":
         raise InvalidSpec("a scripted engine has no weights to quantize")
-    if quantization.activations not in ("fp8" if quantization.method == "fp8" else "int8", FLOATS[spec.dtype]):
+    rounded = {"fp8": ("fp8",), "mxfp4": ()}.get(quantization.method, ("int8",))
+    if quantization.activations not in (*rounded, FLOATS[spec.dtype]):
         raise InvalidSpec(
             f"activations of quantized layers are {quantization.activations}, and dtype is {spec.dtype}"
         )

@@ -6,7 +6,7 @@ read ends in an error, not in a signal. Several tensors can be stacked into one 
 values; gate and up), because one wide matrix product costs less than several narrow ones.
 
 What the file has in fp8 is widened in float32, code times scale of its block, and rounded once to what is asked
-for; or its codes and scales are handed out as they are, to who multiplies by them.
+for; or its codes and scales are handed out as they are, to who multiplies by them. The same goes for MXFP4.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from quire_engine import mxfp4
+from quire_kernels import mxfp4
 from quire_kernels.errors import KernelError
 from quire_kernels.memory import large_pages
+from quire_kernels.mxfp4 import Mxfp4Weight
 from quire_kernels.quantized import check_codes, check_scales, widened
 from quire_schemas import fp8
 from quire_schemas.checkpoint import ModelProfile, check_tensors, each_expert
 from quire_schemas.checkpoint_files import BadHeader, TensorInfo, WrongTensors, opened, read_tensors
-from quire_schemas.mxfp4 import GROUP
 from quire_schemas.quantization import QUANTIZED_AT_A_TIME
 
 PIECE = 16 * 1024 * 1024
@@ -106,7 +106,7 @@ class Weights:
         """See `TensorSource`. One matrix at a time is there as the file has it. What is in MXFP4 is widened."""
         info = self._tensors.get(name)
         if info is None:
-            return self._unpacked(name, parts)
+            return self._widened(name, parts)
         count, inputs, outputs = info.shape
         shape, size = (count, outputs // parts, inputs), info.nbytes // count
         found = [large_pages(torch.empty(shape, dtype=self.dtype, device=self.device)) for _ in range(parts)]
@@ -120,36 +120,51 @@ class Weights:
             self._advance(length)
         return found
 
-    def _unpacked(self, name: str, parts: int) -> list[Tensor]:
-        codes, scales = self._tensors[f"{name}_blocks"], self._tensors[f"{name}_scales"]
-        count, outputs, groups, _ = codes.shape
+    def packed(self, name: str, parts: int = 1) -> list[Mxfp4Weight]:
+        """What `turned` gives of a tensor in MXFP4, but as it is stored, the matrices one after the other along
+        the outputs."""
+        count, outputs, groups, _ = self._tensors[f"{name}_blocks"].shape
+        rows, width = outputs // parts, groups * mxfp4.GROUP
+        found = [Mxfp4Weight.empty(count * rows, width, self.device) for _ in range(parts)]
+        for number, codes, powers in self._matrices(name, torch.float32):
+            for part, target in enumerate(found):
+                target.put(number * rows, codes[part::parts], powers[part::parts])
+        return found
+
+    def _widened(self, name: str, parts: int) -> list[Tensor]:
+        count, outputs, groups, _ = self._tensors[f"{name}_blocks"].shape
+        shape = count, outputs // parts, groups * mxfp4.GROUP
+        found = [large_pages(torch.empty(shape, dtype=self.dtype, device=self.device)) for _ in range(parts)]
+        for number, codes, powers in self._matrices(name, self.dtype):
+            for some in _some(outputs, shape[2], parts):
+                wide = mxfp4.widened(codes[some], powers[some])
+                for part, target in enumerate(found):
+                    target[number, some.start // parts : some.stop // parts].copy_(wide[part::parts])
+        return found
+
+    def _matrices(self, name: str, dtype: torch.dtype) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Of each matrix of a tensor in MXFP4 its number, codes [N, K / 2] and powers [N, K / 32], uint8, on the
+        host, whose numbers `dtype` can hold; codes are written over when the next is asked for."""
+        info, scales = self._tensors[f"{name}_blocks"], self._tensors[f"{name}_scales"]
         powers = torch.empty(scales.nbytes, dtype=torch.uint8)
         for length in self._read(scales, powers):
             self._advance(length)
-        if bool((powers == mxfp4.NO_SCALE).any()):
+        if bool((powers == mxfp4.NO_POWER).any()):
             raise WrongTensors(
                 f"{scales.file.name}: tensor {scales.name} has powers that are no numbers",
                 "the file is damaged, or its numbers were never right",
             )
         # hardly any file has such powers, and the products need not be looked at then
-        suspect = mxfp4.largest(int(powers.amax())) > torch.finfo(self.dtype).max
+        suspect = mxfp4.largest(int(powers.amax())) > torch.finfo(dtype).max
         powers = powers.view(scales.shape)
-        shape, size = (count, outputs // parts, groups * GROUP), codes.nbytes // count
-        found = [large_pages(torch.empty(shape, dtype=self.dtype, device=self.device)) for _ in range(parts)]
+        size = info.nbytes // info.shape[0]
         staging = torch.empty(size, dtype=torch.uint8)
-        step = parts * max(1, QUANTIZED_AT_A_TIME // (parts * shape[2]))
-        for number, length in enumerate(self._read(codes, staging, size)):
-            matrix = staging.view(codes.shape[1:])
-            for first in range(0, outputs, step):
-                some = slice(first, first + step)
-                wide = mxfp4.widened(matrix[some], powers[number, some])
-                for part, target in enumerate(found):
-                    piece = target[number, first // parts : (first + step) // parts]
-                    piece.copy_(wide[part::parts])
-                    if suspect:
-                        _require_finite(piece, codes)
+        for number, length in enumerate(self._read(info, staging, size)):
+            codes = staging.view(info.shape[1], -1)
+            for some in _some(info.shape[1], 2 * codes.shape[1]) if suspect else ():
+                _require_finite(mxfp4.widened(codes[some], powers[number, some]).to(dtype), info)
+            yield number, codes, powers[number]
             self._advance(length)
-        return found
 
     def is_coded(self, name: str) -> bool:
         """Whether the file has a matrix in fp8."""
@@ -283,6 +298,12 @@ class Weights:
         for length, _ in zip(self._read(one, left), self._read(other, right), strict=True):
             if not torch.equal(left[:length], right[:length]):
                 raise differs
+
+
+def _some(outputs: int, width: int, whole: int = 1) -> Iterator[slice]:
+    """Rows of a matrix that is widened, some at a time, a multiple of `whole`."""
+    step = whole * max(1, QUANTIZED_AT_A_TIME // (whole * width))
+    return (slice(first, min(first + step, outputs)) for first in range(0, outputs, step))
 
 
 def _require_finite(piece: Tensor, info: TensorInfo) -> None:

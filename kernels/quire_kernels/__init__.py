@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from quire_kernels.errors import BackendUnavailable, KernelError, UnknownBackend
+from quire_kernels.mxfp4 import Mxfp4Weight
 from quire_kernels.paging import PagedBatch
 from quire_kernels.quantized import Activations, Fp8Weight, Int4Weight, Int8Weight, QuantizedWeight
 
@@ -34,6 +35,7 @@ __all__ = [
     "Int8Weight",
     "KernelError",
     "Kernels",
+    "Mxfp4Weight",
     "PagedAttention",
     "PagedBatch",
     "Product",
@@ -211,9 +213,13 @@ class Kernels(Protocol):
         count: int,
         activations: Activations,
         dtype: torch.dtype,
+        *,
+        biases: tuple[Tensor, Tensor, Tensor] | None = None,
+        clamp: Clamp | None = None,
     ) -> Experts:
         """Takes over weights of `count` experts, one after the other along the outputs: `gate` and `up`
-        [E · I, W], `down` [E · W, I]. `activations` and `dtype` as of `quantized_product`.
+        [E · I, W], `down` [E · W, I]. `activations` and `dtype` as of `quantized_product`, `biases` and `clamp` as
+        of `experts`.
 
         Raises `KernelError` if they differ, or if this back-end has none.
         """

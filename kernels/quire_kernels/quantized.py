@@ -5,6 +5,7 @@ All are symmetric, so zero stays zero and a product needs no correction by the w
     int8    w[n, k] ≈ scales[n] · values[n, k]                     a scale for each output
     int4    w[n, k] ≈ scales[n, k / g] · code[n, k]                a scale for each group of g inputs of an output
     fp8     w[n, k] ≈ scales[n / b, k / 128] · code[n, k]          a scale for each block of b outputs, 128 inputs
+    mxfp4   w[n, k] = 2^(powers[n, k / 32] - 127) · code[n, k]     as checkpoints have it (`mxfp4`)
 
 A code of fp8 is a float of its own, e4m3: a sign, four bits of exponent and three behind the leading one, up to
 448 and down to 2^-9, without infinities. b is 128; where the parts of a fused weight do not begin at multiples of
@@ -29,6 +30,7 @@ from torch import Tensor
 
 from quire_kernels.errors import KernelError
 from quire_kernels.memory import large_pages
+from quire_kernels.mxfp4 import Mxfp4Weight
 
 GROUP_SIZES = (32, 64, 128)
 """Inputs that may share a scale in 4 bits."""
@@ -228,7 +230,7 @@ class Fp8Weight:
 
 
 IntegerWeight = Int8Weight | Int4Weight
-QuantizedWeight = IntegerWeight | Fp8Weight
+QuantizedWeight = IntegerWeight | Fp8Weight | Mxfp4Weight
 
 
 def widened(codes: Tensor, scales: Tensor, shared: int = FP8_BLOCK, first: int = 0) -> Tensor:

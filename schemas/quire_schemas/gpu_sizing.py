@@ -97,18 +97,21 @@ def gpu_parts(
     captured = min(CAPTURED_TOKENS, _filled(tokens))
     widest = max(tokens, seats, captured)
     inputs = groups * ((2 * widest + seats) * 8 + seats * (width + 2) * 4) + widest * 8 + seats * 24
-    step = _peak(profile, number, widest, seats, quantization)
-    graphs = _each(profile, number, max(captured, seats), seats, quantization) if captures else 0
+    # experts have room of their own, whatever they are kept in
+    linear = None if quantization is None or quantization.method == "mxfp4" else quantization
+    step = _peak(profile, number, widest, seats, linear)
+    graphs = _each(profile, number, max(captured, seats), seats, linear) if captures else 0
     parts = {
         "table": groups * 2 * seats * width * 4 + 2 * seats * _TABLE_ROW + _scratch(profile, seats),
         "buffers": _buffers(groups, captured, seats),
         "workspaces": (2 if captures else 1) * WORKSPACE,
         "step": inputs + step,
-        "general": max(_general(profile, number, tokens, min(tokens, seats, HEAD_ROWS), quantization) - step, 0),
+        "general": max(_general(profile, number, tokens, min(tokens, seats, HEAD_ROWS), linear) - step, 0),
         "graphs": graphs,
     }
-    if quantization is not None:
+    if linear is not None:
         parts["table"] += MOST_TILES * 4
+    if quantization is not None:
         parts["loading"] = max(loading_bytes(profile, quantization) - sum(parts.values()), 0)
     return parts
 
@@ -139,7 +142,9 @@ def _split_parts(profile: ModelProfile) -> int:
 @functools.lru_cache(maxsize=32)  # as `sizing.weight_bytes`: no context changes it
 def loading_bytes(profile: ModelProfile, quantization: Quantization) -> int:
     """A piece that is quantized; or a weight in 4 bits beside itself in the order of the kernels, and a piece on
-    its way there."""
+    its way there. Experts in MXFP4 are put in order where they lie."""
+    if quantization.method == "mxfp4":
+        return 32 * MIB
     shapes = [
         shape for name, shape in expected_tensors(profile) if is_quantized(profile, name, shape, quantization)
     ]

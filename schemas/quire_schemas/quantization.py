@@ -3,6 +3,7 @@
     int8    N × K + 4 N             bytes, for N outputs of K inputs: a float32 scale for each output
     int4    N × K / 2 + 2 N K / g   a bfloat16 scale for each group of g inputs
     fp8     N × K + 4 N/b ⌈K/128⌉   a float32 scale for each block of b outputs and 128 inputs
+    mxfp4   N × K / 2 + N K / 32    a power of two for each group of 32 inputs
 
 b is 128, or as many as suit all parts that are fused (`shared_outputs`). `quire_kernels.quantized` has the
 formats themselves. Quantized are the weights of all linear layers, those of experts too, and of the head, which
@@ -12,7 +13,8 @@ the engine's dtype. Biases are added in float32, and kept as that.
 
 Of a checkpoint that is in fp8 already `fp8` takes what the file has, so its head stays, too, and experts, for
 which there are no products in fp8, are widened. `none` is then fp8 on a GPU, and on a CPU weights of the
-engine's dtype; int8 and int4 are made of what the file's codes stand for.
+engine's dtype; int8 and int4 are made of what the file's codes stand for. Of a checkpoint with experts in MXFP4
+`none` is `mxfp4` on a GPU: these stay as they are, and all else is in the engine's dtype. Nobody declares it.
 
 Exceptions:
 
@@ -25,8 +27,9 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from quire_schemas.checkpoint import ModelProfile, expected_tensors
+from quire_schemas.checkpoint import ModelProfile, expected_tensors, is_packed
 from quire_schemas.fp8 import BLOCK
+from quire_schemas.mxfp4 import stored_bytes
 from quire_schemas.wire import Quantization
 
 METHODS: tuple[Literal["int8", "int4", "fp8"], ...] = ("int8", "int4", "fp8")
@@ -61,9 +64,14 @@ def resolve(
     method, activations = declared["method"], declared["activations"]
     if method == "none" and profile.fp8 is not None and device == "cuda":
         method = "fp8"
+    packed = profile.experts is not None and profile.experts.packed
+    if method == "none" and packed and device == "cuda" and activations in ("auto", FLOATS[dtype]):
+        return Quantization("mxfp4", FLOATS[dtype])
     if method == "none":
         if activations != "auto":
             why = "the checkpoint is in floats, and nothing of it is quantized"
+            if packed:
+                why = "experts in MXFP4 are multiplied by numbers of the engine's dtype"
             if profile.fp8 is not None:
                 why = "weights in fp8 are widened on a CPU, where no input is rounded"
             other: Declared = "fp8" if activations == "fp8" else "int8"
@@ -138,6 +146,8 @@ def misfit(profile: ModelProfile, quantization: Quantization) -> str:
     number does, but what is multiplied as one weight must be in fp8 as one."""
     if quantization.method == "fp8":
         return _half_in_fp8(profile)
+    if quantization.method == "mxfp4":  # the checkpoint was looked at
+        return ""
     size = quantization.group_size
     for name, shape in expected_tensors(profile):
         if is_quantized(profile, name, shape, quantization) and shape[1] % (size or INT8_INPUTS):
@@ -165,14 +175,17 @@ def _half_in_fp8(profile: ModelProfile) -> str:
 
 def device_misfit(method: str, device: Literal["cpu", "cuda"]) -> str:
     """Why weights of that method cannot be had on that device; empty if they can."""
-    if method != "fp8" or device == "cuda":
+    if method not in ("fp8", "mxfp4") or device == "cuda":
         return ""
-    return "fp8 weights are multiplied on a GPU alone, and this model runs on a CPU"
+    return f"{method} weights are multiplied on a GPU alone, and this model runs on a CPU"
 
 
 def experts_misfit(profile: ModelProfile, method: str) -> str:
     """Why experts quantized by that method cannot be had; empty if they can, or if there are none: those of a
     checkpoint in fp8 are widened, and none are made."""
+    packed = profile.experts is not None and profile.experts.packed
+    if method == "mxfp4":
+        return "" if packed else f"the checkpoint ({profile.architecture}) has no experts in MXFP4"
     if profile.experts is not None and profile.experts.turned:
         return f"quantized experts of {profile.architecture} are not supported by this version"
     if profile.experts is None or (method == "fp8" and profile.fp8 is not None):
@@ -196,7 +209,7 @@ def widened(profile: ModelProfile, quantization: Quantization | None) -> str:
     """Which weights that the checkpoint has in fewer bits become numbers of the engine's dtype; empty if none
     do."""
     if profile.experts is not None and profile.experts.packed:
-        return "experts in MXFP4"
+        return "experts in MXFP4" if quantization is None else ""
     if profile.fp8 is None:
         return ""
     if quantization is None:
@@ -206,6 +219,8 @@ def widened(profile: ModelProfile, quantization: Quantization | None) -> str:
 
 def is_quantized(profile: ModelProfile, name: str, shape: tuple[int, ...], quantization: Quantization) -> bool:
     """Whether a tensor of the checkpoint is one of those that are quantized."""
+    if quantization.method == "mxfp4":
+        return is_packed(profile, name)
     if quantization.method == "fp8" and profile.fp8 is not None:
         return ".experts." not in name and profile.fp8.holds(name, shape)
     experts = profile.experts
@@ -225,6 +240,14 @@ def shared_outputs(profile: ModelProfile, name: str, outputs: int) -> int:
     if name.endswith((".q_proj.weight", ".k_proj.weight", ".v_proj.weight")):
         return math.gcd(BLOCK, profile.q_size, profile.kv_size)
     return math.gcd(BLOCK, outputs)
+
+
+def tensor_bytes(profile: ModelProfile, name: str, shape: tuple[int, ...], quantization: Quantization) -> int:
+    """What a tensor of the checkpoint takes that `is_quantized`."""
+    if quantization.method == "mxfp4":
+        return stored_bytes(shape)
+    outputs, inputs = shape
+    return quantized_bytes(quantization, outputs, inputs, shared_outputs(profile, name, outputs))
 
 
 def quantized_bytes(quantization: Quantization, outputs: int, inputs: int, shared: int = BLOCK) -> int:

@@ -43,8 +43,7 @@ from quire_schemas.quantization import (
     is_quantized,
     is_wide,
     misfit,
-    quantized_bytes,
-    shared_outputs,
+    tensor_bytes,
     widened,
 )
 from quire_schemas.wire import Quantization, RunnerKind
@@ -252,7 +251,7 @@ def weight_bytes(profile: ModelProfile, dtype: str, quantization: Quantization |
         return 4 if wide else DTYPE_BYTES[dtype]
 
     return sum(
-        quantized_bytes(quantization, shape[0], shape[1], shared_outputs(profile, name, shape[0]))
+        tensor_bytes(profile, name, shape, quantization)
         if quantization is not None and is_quantized(profile, name, shape, quantization)
         else math.prod(shape) * number(name)
         for name, shape in expected_tensors(profile)

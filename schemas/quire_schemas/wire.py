@@ -976,9 +976,9 @@ FromRouter = RouterStatus | UsageReport
 
 class Quantization(msgspec.Struct, frozen=True):
     """Weights that are made integers or fp8 at load: of all linear layers and the head. Those of a checkpoint that
-    is in fp8 are taken as they are."""
+    is in fp8 are taken as they are, and so are experts in MXFP4, beside which nothing is quantized."""
 
-    method: Literal["int8", "int4", "fp8"]
+    method: Literal["int8", "int4", "fp8", "mxfp4"]
     activations: Literal["int8", "fp8", "bf16", "fp16", "fp32"] = "int8"
     """What enters them: integers with a scale for each token, fp8 with one for each 128 inputs of a token, or the
     model's own numbers."""
@@ -987,7 +987,8 @@ class Quantization(msgspec.Struct, frozen=True):
 
     def __str__(self) -> str:
         groups = "" if self.group_size is None else f" in groups of {self.group_size}"
-        return f"{self.method}{groups}, {self.activations} activations"
+        which = "experts in " if self.method == "mxfp4" else ""
+        return f"{which}{self.method}{groups}, {self.activations} activations"
 
 
 class EngineSpec(msgspec.Struct, frozen=True):

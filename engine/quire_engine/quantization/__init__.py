@@ -1,8 +1,8 @@
 """How a layer gets its linear: it asks a `LinearMethod`, by the name under which the checkpoint stores it.
 
 A method decides what is read and what class multiplies by it, so a quantized or a tensor-parallel model differs
-from a plain one in the method alone. There are `Plain`, `Integers` and `Fp8`; `quire_schemas.checkpoint` refuses
-checkpoints that would need another.
+from a plain one in the method alone. There are `Plain`, `Integers`, `Fp8` and `Packed`; `quire_schemas.checkpoint`
+refuses checkpoints that would need another.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Protocol
 from quire_engine.layers.linear import Linear
 from quire_engine.quantization.fp8 import Fp8
 from quire_engine.quantization.integers import Integers
+from quire_engine.quantization.packed import Packed
 from quire_engine.quantization.plain import Plain
 from quire_engine.weights import Weights
 from quire_kernels import Clamp, Experts, Kernels, Product
@@ -44,4 +45,6 @@ def linear_method(weights: Weights, kernels: Kernels, quantization: Quantization
     """The method that `EngineSpec.quantization` names."""
     if quantization is None:
         return Plain(weights, kernels)
+    if quantization.method == "mxfp4":
+        return Packed(weights, kernels)
     return (Fp8 if quantization.method == "fp8" else Integers)(weights, kernels, quantization)

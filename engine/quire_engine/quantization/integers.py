@@ -26,8 +26,8 @@ from quire_kernels import (
     KernelError,
     Kernels,
     Product,
-    QuantizedWeight,
 )
+from quire_kernels.quantized import IntegerWeight
 from quire_schemas.checkpoint_files import WrongTensors
 from quire_schemas.wire import Quantization
 
@@ -60,7 +60,7 @@ class Integers:
     def turned_experts(self, at: str, clamp: Clamp | None) -> Experts:
         raise KernelError(f"{at} cannot be quantized")  # `experts_misfit` has refused it by name
 
-    def _stack(self, names: Sequence[str]) -> QuantizedWeight:
+    def _stack(self, names: Sequence[str]) -> IntegerWeight:
         """Tensors of one width, one after the other."""
         shapes = [self.weights.shape(name) for name in names]
         weight = self._empty(sum(outputs for outputs, _ in shapes), shapes[0][1])
@@ -74,14 +74,14 @@ class Integers:
                 at += rows.shape[0]
         return weight
 
-    def _product(self, weight: QuantizedWeight, bias: Tensor | None) -> Product:
+    def _product(self, weight: IntegerWeight, bias: Tensor | None) -> Product:
         return self.kernels.quantized_product(weight, bias, self._activations, self.weights.dtype)
 
     @property
     def _activations(self) -> Activations:
         return "int8" if self.quantization.activations == "int8" else "float"
 
-    def _empty(self, outputs: int, inputs: int) -> QuantizedWeight:
+    def _empty(self, outputs: int, inputs: int) -> IntegerWeight:
         if self.quantization.group_size is None:
             return Int8Weight.empty(outputs, inputs, self.weights.device)
         return Int4Weight.empty(outputs, inputs, self.quantization.group_size, self.weights.device)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from quire_engine.layers.linear import Dense, Linear
 from quire_engine.weights import TensorSource
 from quire_kernels import Clamp, Experts, Kernels, Product
@@ -35,6 +37,9 @@ class Plain:
     def turned_experts(self, at: str, clamp: Clamp | None) -> Experts:
         gate, up = self.weights.turned(f"{at}.gate_up_proj", 2)
         (down,) = self.weights.turned(f"{at}.down_proj")
+        return self.kernels.experts(gate, up, down, biases=self.turned_biases(at), clamp=clamp)
+
+    def turned_biases(self, at: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Of gate, up and down of all `turned_experts`, [E, I], [E, I] and [E, W]."""
         inward, outward = (self.weights.tensor(f"{at}.{name}_bias") for name in ("gate_up_proj", "down_proj"))
-        biases = inward[:, 0::2].contiguous(), inward[:, 1::2].contiguous(), outward
-        return self.kernels.experts(gate, up, down, biases=biases, clamp=clamp)
+        return inward[:, 0::2].contiguous(), inward[:, 1::2].contiguous(), outward

@@ -50,6 +50,7 @@ from quire_kernels.cpu.products import ByTorch, Packed, PackedQuantized
 from quire_kernels.cpu.program import Recorded
 from quire_kernels.errors import KernelError
 from quire_kernels.memory import Slabs
+from quire_kernels.mxfp4 import Mxfp4Weight
 from quire_kernels.paging import PagedBatch
 from quire_kernels.quantized import Activations, Fp8Weight, Int4Weight, QuantizedWeight
 from quire_kernels.reference import rounded
@@ -125,8 +126,8 @@ class CpuKernels:
     def quantized_product(
         self, weight: QuantizedWeight, bias: Tensor | None, activations: Activations, dtype: torch.dtype
     ) -> Product:
-        if isinstance(weight, Fp8Weight):
-            raise KernelError("the cpu back-end has no products with weights in fp8")
+        if isinstance(weight, Fp8Weight | Mxfp4Weight):
+            raise KernelError(f"the cpu back-end has no products of {type(weight).__name__}")
         check_activations(weight, activations)
         native, (outputs, width) = self._native, weight.shape
         scales = self._slabs.settle(weight.scales)
@@ -255,12 +256,16 @@ class CpuKernels:
         count: int,
         activations: Activations,
         dtype: torch.dtype,
+        *,
+        biases: tuple[Tensor, Tensor, Tensor] | None = None,
+        clamp: Clamp | None = None,
     ) -> Experts:
-        def make(weight: QuantizedWeight) -> Product:
-            return self.quantized_product(weight, None, activations, dtype)
+        def make(pair: tuple[QuantizedWeight, Tensor | None]) -> Product:
+            return self.quantized_product(*pair, activations, dtype)
 
-        each = each_product(make, *(each_part(weight, count) for weight in (gate, up, down)))
-        return native_experts(self._native, each)
+        gates, ups, downs = (each_part(weight, count) for weight in (gate, up, down))
+        each = each_product(make, *each_biased(gates, ups, downs, biases))
+        return native_experts(self._native, each, clamp)
 
     def route(self, logits: Tensor, count: int, over_chosen: bool) -> tuple[Tensor, Tensor]:
         native, (tokens, experts) = self._native, logits.shape

@@ -126,11 +126,15 @@ class ReferenceKernels:
         count: int,
         activations: Activations,
         dtype: torch.dtype,
+        *,
+        biases: tuple[Tensor, Tensor, Tensor] | None = None,
+        clamp: Clamp | None = None,
     ) -> EachExpert:
-        def make(weight: QuantizedWeight) -> QuantizedProduct:
-            return self.quantized_product(weight, None, activations, dtype)
+        def make(pair: tuple[QuantizedWeight, Tensor | None]) -> QuantizedProduct:
+            return self.quantized_product(*pair, activations, dtype)
 
-        return EachExpert(each_product(make, *(each_part(weight, count) for weight in (gate, up, down))))
+        gates, ups, downs = (each_part(weight, count) for weight in (gate, up, down))
+        return EachExpert(each_product(make, *each_biased(gates, ups, downs, biases)), clamp)
 
     def route(self, logits: Tensor, count: int, over_chosen: bool) -> tuple[Tensor, Tensor]:
         return route(logits, count, over_chosen)

@@ -47,8 +47,11 @@ def each_product(
 
 
 def each_biased(
-    gate: Tensor, up: Tensor, down: Tensor, biases: tuple[Tensor, Tensor, Tensor] | None
-) -> Iterator[list[tuple[Tensor, Tensor | None]]]:
+    gate: Iterable[Weight],
+    up: Iterable[Weight],
+    down: Iterable[Weight],
+    biases: tuple[Tensor, Tensor, Tensor] | None,
+) -> Iterator[list[tuple[Weight, Tensor | None]]]:
     """Of gate, up and down the weights of each expert with their biases."""
     for number, weight in enumerate((gate, up, down)):
         yield list(zip(weight, itertools.repeat(None) if biases is None else biases[number], strict=False))

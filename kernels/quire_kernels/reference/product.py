@@ -27,7 +27,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quire_kernels.errors import KernelError
-from quire_kernels.quantized import FP8, FP8_BLOCK, Activations, Fp8Weight, Int4Weight, Int8Weight, QuantizedWeight
+from quire_kernels.mxfp4 import Mxfp4Weight
+from quire_kernels.quantized import (
+    FP8,
+    FP8_BLOCK,
+    Activations,
+    Fp8Weight,
+    Int4Weight,
+    Int8Weight,
+    QuantizedWeight,
+)
 from quire_kernels.reference.bytes import quantize_groups, quantize_rows
 
 WIDENED = 1 << 22
@@ -109,12 +118,16 @@ class QuantizedProduct:
         if isinstance(weight, Int8Weight):
             sums = torch.cat([_exact(wide, weight.values[piece].float()) for piece in pieces], -1)
             return sums.float() * scales.unsqueeze(-1) * weight.scales
-        return torch.cat([_grouped(wide, weight.part(piece)) for piece in pieces], -1) * scales.unsqueeze(-1)
+        if isinstance(weight, Int4Weight):
+            sums = torch.cat([_grouped(wide, weight.part(piece)) for piece in pieces], -1)
+            return sums * scales.unsqueeze(-1)
+        raise KernelError(f"{type(weight).__name__} has no products with rounded inputs")
 
 
 def check_activations(weight: QuantizedWeight, activations: Activations) -> None:
     """Raises `KernelError` if nothing multiplies the two: each format has its own way to round an input."""
-    if activations != "float" and (activations == "fp8") != isinstance(weight, Fp8Weight):
+    rounded = "fp8" if isinstance(weight, Fp8Weight) else "" if isinstance(weight, Mxfp4Weight) else "int8"
+    if activations not in ("float", rounded):
         raise KernelError(f"{type(weight).__name__} has no products with an input in {activations}")
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from triton import knobs
 
 from quire_kernels.errors import BackendUnavailable, KernelError
+from quire_kernels.mxfp4 import Mxfp4Weight
 from quire_kernels.paging import PagedBatch
 from quire_kernels.quantized import Activations, Fp8Weight, QuantizedWeight
 from quire_kernels.reference import rounded
@@ -133,6 +134,8 @@ class TritonKernels:
         chip = self._room, self._rounding, self._chip.multiprocessors, self._chip.choices
         if isinstance(weight, Fp8Weight):
             return self._with_tilings(TritonScaledProduct.of(weight, bias, activations, dtype, *chip))
+        if isinstance(weight, Mxfp4Weight):
+            raise KernelError("the triton back-end has no products with weights in mxfp4 but those of experts")
         return self._with_tilings(TritonQuantizedProduct.of(weight, bias, activations, dtype, *chip))
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -187,13 +190,16 @@ class TritonKernels:
         count: int,
         activations: Activations,
         dtype: torch.dtype,
+        *,
+        biases: tuple[Tensor, Tensor, Tensor] | None = None,
+        clamp: Clamp | None = None,
     ) -> Experts:
         if activations != "float":
             raise KernelError("the triton back-end multiplies experts in fewer bits by floating-point activations")
         first, second, third = (Coded.of(weight, count, dtype) for weight in (gate, up, down))
-        return self._with_tilings(
-            CodedExperts(first, second, third, self._chip.shared_bytes, choices=self._chip.choices)
-        )
+        chip = self._chip
+        made = CodedExperts(first, second, third, chip.shared_bytes, biases, clamp, chip.choices)
+        return self._with_tilings(made)
 
     def route(self, logits: Tensor, count: int, over_chosen: bool) -> tuple[Tensor, Tensor]:
         return route(logits, count, over_chosen)

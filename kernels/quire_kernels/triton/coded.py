@@ -2,6 +2,7 @@
 
     int8     out[n] = (Σ_k x[k] · code[n, k]) · scales[n]
     int4     out[n] = Σ_groups (Σ_k in group x[k] · code[n, k]) · scales[group, n]
+    mxfp4    as int4 in groups of 32, whose scales are powers of two
 
 An input is taken as it is, and each code is a number of its format exactly, so a weight stands for what it stands
 for on a CPU. Sums are float32; those of a group start at zero, and are scaled and added up in order.
@@ -16,7 +17,8 @@ shorter one, and of 4 bits one of 64 and one of 32, so that no part of a unit re
     4 bits    word j of a unit of 4 · h inputs    inputs j, h + j, 2 · h + j, 3 · h + j    lowest bits first
 
 A bfloat16 between 128 and 256 has whole numbers for its last seven bits: bits put there, less what they are above
-the code, are the number. float16 is the same from 1024 on.
+the code, are the number. float16 is the same from 1024 on. A code of MXFP4 is a small float: its exponent and
+fraction, put where those of the wide number are lowest, are the number but for a power of two, subnormal or not.
 
 Legend: E experts, N outputs of each, K inputs, G groups of g inputs, h words of a unit.
 """
@@ -32,15 +34,16 @@ import triton.language as tl
 from torch import Tensor
 
 from quire_kernels.errors import KernelError
+from quire_kernels.mxfp4 import GROUP, Mxfp4Weight
 from quire_kernels.quantized import Int4Weight, Int8Weight, QuantizedWeight
 from quire_kernels.triton.bytes import NATIVE
 
-INT8, INT4 = 1, 2
+INT8, INT4, MXFP4 = 1, 2, 3
 """What the codes of a weight are; 0 are numbers as they are."""
 UNIT = 128
 """Inputs of an output whose words lie together."""
 
-_INT8, _UNIT = tl.constexpr(INT8), tl.constexpr(UNIT)
+_INT8, _MXFP4, _UNIT = tl.constexpr(INT8), tl.constexpr(MXFP4), tl.constexpr(UNIT)
 _PIECE = 1 << 22
 """Numbers of a weight that are put in order at a time."""
 
@@ -112,6 +115,63 @@ INT4_TO_FLOAT16 = tl.constexpr("""{
 }""")
 """Of two words of four codes, 8 above what they are, in $4 the numbers of each quarter, lowest first. What
 is given is written to registers of its own (`=&r`), for $4 is read to the end."""
+MXFP4_TO_BFLOAT16 = tl.constexpr("""{
+    .reg .b32 a, b, c, d, sign, factor, zero;
+    mov.b32 factor, 0x7e807e80;
+    mov.b32 zero, 0x80008000;
+    shl.b32 a, $4, 6;
+    and.b32 a, a, 0x01c001c0;
+    shl.b32 sign, $4, 12;
+    and.b32 sign, sign, 0x80008000;
+    or.b32 a, a, sign;
+    shl.b32 b, $4, 2;
+    and.b32 b, b, 0x01c001c0;
+    shl.b32 sign, $4, 8;
+    and.b32 sign, sign, 0x80008000;
+    or.b32 b, b, sign;
+    shr.b32 c, $4, 2;
+    and.b32 c, c, 0x01c001c0;
+    shl.b32 sign, $4, 4;
+    and.b32 sign, sign, 0x80008000;
+    or.b32 c, c, sign;
+    shr.b32 d, $4, 6;
+    and.b32 d, d, 0x01c001c0;
+    and.b32 sign, $4, 0x80008000;
+    or.b32 d, d, sign;
+    fma.rn.bf16x2 $0, a, factor, zero;
+    fma.rn.bf16x2 $1, b, factor, zero;
+    fma.rn.bf16x2 $2, c, factor, zero;
+    fma.rn.bf16x2 $3, d, factor, zero;
+}""")
+MXFP4_TO_FLOAT16 = tl.constexpr("""{
+    .reg .b32 a, b, c, d, sign, factor;
+    mov.b32 factor, 0x74007400;
+    shl.b32 a, $4, 9;
+    and.b32 a, a, 0x0e000e00;
+    shl.b32 sign, $4, 12;
+    and.b32 sign, sign, 0x80008000;
+    or.b32 a, a, sign;
+    shl.b32 b, $4, 5;
+    and.b32 b, b, 0x0e000e00;
+    shl.b32 sign, $4, 8;
+    and.b32 sign, sign, 0x80008000;
+    or.b32 b, b, sign;
+    shl.b32 c, $4, 1;
+    and.b32 c, c, 0x0e000e00;
+    shl.b32 sign, $4, 4;
+    and.b32 sign, sign, 0x80008000;
+    or.b32 c, c, sign;
+    shr.b32 d, $4, 3;
+    and.b32 d, d, 0x0e000e00;
+    and.b32 sign, $4, 0x80008000;
+    or.b32 d, d, sign;
+    mul.f16x2 $0, a, factor;
+    mul.f16x2 $1, b, factor;
+    mul.f16x2 $2, c, factor;
+    mul.f16x2 $3, d, factor;
+}""")
+"""The same of codes of MXFP4, with 2^126 and 2^14 for the power that is lacking. What a product adds is a zero of
+the sign that leaves every zero as it is."""
 
 
 # ── inside kernels ────────────────────────────────────────────────────────────────────────────────────────
@@ -137,25 +197,48 @@ def bytes_of(words, NUMBER: tl.constexpr):
 
 
 @triton.jit
-def quarters_of(words, NUMBER: tl.constexpr):
-    """The four codes of each of `words` int16, lowest bits first, less 8, as NUMBER."""
+def quarters_of(words, NUMBER: tl.constexpr, CODES: tl.constexpr):
+    """What the four codes of each of `words` int16 stand for, lowest bits first, as NUMBER."""
     if NATIVE and tl.bfloat16 == NUMBER:
         a, b, c, d = tl.inline_asm_elementwise(
-            INT4_TO_BFLOAT16,
+            MXFP4_TO_BFLOAT16 if CODES == _MXFP4 else INT4_TO_BFLOAT16,
             "=&r,=&r,=&r,=&r,r", [words], dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
             is_pure=True, pack=2,
         )  # fmt: skip
     elif NATIVE and tl.float16 == NUMBER:
         a, b, c, d = tl.inline_asm_elementwise(
-            INT4_TO_FLOAT16,
+            MXFP4_TO_FLOAT16 if CODES == _MXFP4 else INT4_TO_FLOAT16,
             "=&r,=&r,=&r,=&r,r", [words], dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
             is_pure=True, pack=2,
         )  # fmt: skip
     else:
         wide = words.to(tl.int32)
-        a, b = ((wide & 15) - 8).to(tl.float32), (((wide >> 4) & 15) - 8).to(tl.float32)
-        c, d = (((wide >> 8) & 15) - 8).to(tl.float32), (((wide >> 12) & 15) - 8).to(tl.float32)
+        a, b = _number(wide & 15, CODES), _number((wide >> 4) & 15, CODES)
+        c, d = _number((wide >> 8) & 15, CODES), _number((wide >> 12) & 15, CODES)
     return a.to(NUMBER), b.to(NUMBER), c.to(NUMBER), d.to(NUMBER)
+
+
+@triton.jit
+def _number(code, CODES: tl.constexpr):
+    """What `code` int32 of 4 bits stands for, float32."""
+    if CODES == _MXFP4:
+        exponent, fraction = (code >> 1) & 3, code & 1
+        size = (tl.where(exponent > 0, fraction + 2, fraction) << tl.maximum(exponent, 1)).to(tl.float32) * 0.25
+        number = tl.where(code > 7, -size, size)
+    else:
+        number = (code - 8).to(tl.float32)
+    return number
+
+
+@triton.jit
+def _scale(scale, CODES: tl.constexpr):
+    """A scale as it is stored, float32: the 8 bits of a power are those of an exponent, the lowest subnormal."""
+    if CODES == _MXFP4:
+        bits = scale.to(tl.int32)
+        number = tl.where(bits == 0, 1 << 22, bits << 23).to(tl.float32, bitcast=True)
+    else:
+        number = scale.to(tl.float32)
+    return number
 
 
 @triton.jit
@@ -166,14 +249,14 @@ def _scales_at(beside, group, groups, stride, CODES: tl.constexpr, GROUP: tl.con
     if CODES == _INT8:
         a, b, c, d = 0.0, 0.0, 0.0, 0.0
     else:
-        a = tl.load(beside + tl.minimum(group, groups - 1) * stride).to(tl.float32)
+        a = _scale(tl.load(beside + tl.minimum(group, groups - 1) * stride), CODES)
         b, c, d = a, a, a
         if GROUP < SIZE:
-            c = tl.load(beside + tl.minimum(group + SIZE // GROUP // 2, groups - 1) * stride).to(tl.float32)
+            c = _scale(tl.load(beside + tl.minimum(group + SIZE // GROUP // 2, groups - 1) * stride), CODES)
             d = c
         if GROUP * 4 == SIZE:
-            b = tl.load(beside + tl.minimum(group + 1, groups - 1) * stride).to(tl.float32)
-            d = tl.load(beside + tl.minimum(group + 3, groups - 1) * stride).to(tl.float32)
+            b = _scale(tl.load(beside + tl.minimum(group + 1, groups - 1) * stride), CODES)
+            d = _scale(tl.load(beside + tl.minimum(group + 3, groups - 1) * stride), CODES)
     return a, b, c, d
 
 
@@ -222,7 +305,7 @@ def _met(acc, words, scales, a, b, c, d, CODES: tl.constexpr, GROUP: tl.constexp
         acc = _dot(high, b, _dot(low, a, acc))
     else:
         none = tl.zeros_like(acc)
-        first, second, third, fourth = quarters_of(words, a.dtype)
+        first, second, third, fourth = quarters_of(words, a.dtype, CODES)
         if GROUP >= SIZE:
             sums = _dot(fourth, d, _dot(third, c, _dot(second, b, _dot(first, a, none))))
             acc += sums * scales[0][:, None]
@@ -346,7 +429,7 @@ class Coded:
     words: Tensor
     """[E, N, K / c] int16, of c codes each."""
     scales: Tensor
-    """int8: [E, N] float32; int4: [E, G, N] bfloat16."""
+    """int8: [E, N] float32; int4: [E, G, N] bfloat16, mxfp4: uint8."""
     codes: int
     group: int
     """Inputs that share a scale; 0 if those of an output do."""
@@ -369,14 +452,15 @@ class Coded:
             _in_place(values, width, _halved)
             words = values.view(torch.int16).view(*shape[:2], -1)
             return cls(words, weight.scales.view(*shape[:2]), INT8, 0, dtype, shape)
-        if not isinstance(weight, Int4Weight):
+        if not isinstance(weight, Int4Weight | Mxfp4Weight):
             raise KernelError(f"the triton back-end has no experts of {type(weight).__name__}")
         _in_place(values, width, _quartered)
         scales = weight.scales.view(*shape[:2], -1)
         for one in scales:  # so that there is never more of it twice
             one.view(-1).copy_(one.T.reshape(-1).clone())
         words = values.view(torch.int16).view(*shape[:2], -1)
-        return cls(words, scales.view(count, -1, shape[1]), INT4, weight.group_size, dtype, shape)
+        codes, group = (INT4, weight.group_size) if isinstance(weight, Int4Weight) else (MXFP4, GROUP)
+        return cls(words, scales.view(count, -1, shape[1]), codes, group, dtype, shape)
 
     @property
     def nbytes(self) -> int:
@@ -391,7 +475,7 @@ class Coded:
     @property
     def kind(self) -> str:
         """What tilings go by."""
-        return "int8" if self.codes == INT8 else f"int4/{self.group}"
+        return {INT8: "int8", INT4: f"int4/{self.group}", MXFP4: "mxfp4"}[self.codes]
 
     def parameters(self) -> Iterator[Tensor]:
         """Every tensor it holds, once."""

@@ -18,7 +18,7 @@ import pytest
 import torch
 from tests.effort import times
 from tests.engine_specs import run, tiny_spec
-from tests.unit.engine.test_models import build
+from tests.unit.engine.test_models import build, in_mxfp4
 from torch import Tensor
 
 from quire_engine.blocks import BlockPool
@@ -272,6 +272,17 @@ def test_quantized_weights_give_the_answers_of_the_reference(
     engine = engine_of(spec, "triton")
     assert isinstance(engine.runner, ResidentRunner)
     assert texts(run(engine, *requests(3))) == expected
+
+
+@pytest.mark.nightly
+def test_experts_in_mxfp4_give_the_answers_of_the_reference(tmp_path: Path) -> None:
+    in_mxfp4(tmp_path)
+    spec = spec_of(tmp_path, quantization=Quantization("mxfp4", "fp32"), async_scheduling=True)
+    expected = texts(run(engine_of(spec, "reference"), *requests(3)))
+    engine = engine_of(spec, "triton")
+    assert texts(run(engine, *requests(3))) == expected
+    widened = engine_of(spec_of(tmp_path, async_scheduling=True), "triton")
+    assert texts(run(widened, *requests(3))) == expected
 
 
 @pytest.mark.nightly

@@ -56,8 +56,10 @@ MANY_EXPERTS = SMALL | {
 }
 GEMMA3 = SMALL | {"architecture": "Gemma3ForCausalLM", "sliding_window": 40, "final_logit_softcapping": 2.0}
 GPT_OSS = SMALL | {"architecture": "GptOssForCausalLM", "sliding_window": 40}
+PACKED = GPT_OSS | {"quantization_config": {"quant_method": "mxfp4"}}
 SHAPES = [SMALL, WIDE_MLP, WIDE_HEAD, MANY_HEADS, SLIDING, EXPERTS, MANY_EXPERTS, GEMMA3, GPT_OSS]
 SEATS, LENGTH, BLOCK = 3, 2048, 16
+MXFP4 = Quantization("mxfp4", "fp32")
 
 
 @pytest.fixture(autouse=True)
@@ -168,7 +170,7 @@ def test_a_quantized_step_stays_below_the_plan(
         enforce_eager=True,
         quantization=quantization,
     )
-    plan = plan_of(1, tokens, temperature=0.8, top_p=0.9)
+    plan = plan_of(len(sizing.kv_groups(described)), tokens, temperature=0.8, top_p=0.9)
     found = highest(lambda: runner.execute(plan))
     assert found <= parts["step"]
     # room for the partial sums of the largest chip, and for part of a large weight unpacked, is counted whole
@@ -185,6 +187,19 @@ def test_a_step_of_experts_in_fewer_bits_stays_below_the_plan(
     quantization: Quantization, tokens: int, tmp_path: Path
 ) -> None:
     test_a_quantized_step_stays_below_the_plan(EXPERTS, quantization, tokens, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "tokens", [100, pytest.param(2000, marks=pytest.mark.nightly)], ids=["padded", "launched"]
+)
+def test_a_step_of_experts_in_mxfp4_stays_below_the_plan(tokens: int, tmp_path: Path) -> None:
+    described, runner = runner_of(tmp_path, PACKED, tokens, MXFP4)
+    sizes: dict[str, Any] = {"block_size": BLOCK, "enforce_eager": True}
+    parts = sizing.gpu_activations(described, "float32", tokens, SEATS, LENGTH, **sizes, quantization=MXFP4)
+    widened = sizing.gpu_activations(described, "float32", tokens, SEATS, LENGTH, **sizes)
+    assert parts == widened | {"loading": parts["loading"]}, "only weights are others"
+    plan = plan_of(len(sizing.kv_groups(described)), tokens, temperature=0.8, top_p=0.9)
+    assert 0.5 * parts["step"] <= highest(lambda: runner.execute(plan)) <= parts["step"]
 
 
 @pytest.mark.parametrize(
@@ -308,6 +323,7 @@ def test_experts_of_some_tokens_after_the_others_stay_below_the_plan(
         ),
         (EXPERTS, None),
         (EXPERTS, Quantization("int4", "fp32", 32)),
+        (PACKED, MXFP4),
     ],
     ids=str,
 )

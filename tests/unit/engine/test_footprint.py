@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from tests.adapters import write_adapter
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from quire_engine.engine import KV_DTYPES
@@ -36,9 +37,11 @@ from quire_schemas.checkpoint import (
     DTYPE_BYTES,
     ModelProfile,
     expected_tensors,
+    is_packed,
     profile_from_config,
     read_profile,
 )
+from quire_schemas.mxfp4 import packed_shapes
 from quire_schemas.wire import WHOLE_VOCABULARY, Quantization, Sampling
 
 torch.set_num_threads(1)
@@ -69,10 +72,15 @@ def write_checkpoint(folder: Path, description: dict[str, Any]) -> ModelProfile:
     described = profile_from_config(description)
     stored = DTYPES[described.dtype]
     torch.manual_seed(0)
-    save_file(
-        {name: (torch.randn(shape) * 0.1).to(stored) for name, shape in expected_tensors(described)},
-        folder / "model.safetensors",
-    )
+    tensors = dict[str, Tensor]()
+    for name, shape in expected_tensors(described):
+        if is_packed(described, name):
+            codes, powers = packed_shapes(shape)
+            tensors[f"{name}_blocks"] = torch.randint(256, codes, dtype=torch.uint8)
+            tensors[f"{name}_scales"] = torch.randint(119, 123, powers, dtype=torch.uint8)
+        else:
+            tensors[name] = (torch.randn(shape) * 0.1).to(stored)
+    save_file(tensors, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(description))
     return read_profile(folder)
 

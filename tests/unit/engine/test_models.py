@@ -47,7 +47,8 @@ from quire_engine.models import DecoderModel, KVCache, load_model
 from quire_kernels import PagedBatch, load
 from quire_schemas.checkpoint import ModelProfile, profile_from_config, read_profile
 from quire_schemas.checkpoint_files import BadHeader, UnsupportedFeature, WrongTensors
-from quire_schemas.sizing import kv_groups
+from quire_schemas.sizing import kv_groups, weight_bytes
+from quire_schemas.wire import Quantization
 
 logging.disable_progress_bar()
 torch.set_num_threads(1)
@@ -218,7 +219,10 @@ def build(name: str, folder: Path, **save: Any) -> Any:
 
 
 def open_model(
-    folder: Path, dtype: torch.dtype = torch.float32, backend: str = "reference"
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
+    backend: str = "reference",
+    quantization: Quantization | None = None,
 ) -> tuple[DecoderModel, ModelProfile]:
     profile = read_profile(folder)
     seen: list[tuple[int, int]] = []
@@ -229,6 +233,7 @@ def open_model(
         device=CPU,
         kernels=load(backend, 2),
         on_progress=lambda done, total: seen.append((done, total)),
+        quantization=quantization,
     )
     assert seen[-1][0] == seen[-1][1] == profile.weight_bytes
     assert seen == sorted(seen)
@@ -535,11 +540,19 @@ def test_experts_in_mxfp4_are_what_their_codes_stand_for(tmp_path: Path) -> None
         torch.testing.assert_close(Server(model).step([(0, text)])[0], expected, atol=1e-4, rtol=0)
     assert model.bytes == sum(parameter.nbytes for parameter in theirs.parameters())
     assert profile_from_config(profile.raw).weight_bytes == profile.weight_bytes < model.bytes
+    kept = open_model(tmp_path, quantization=MXFP4)[0]
+    torch.testing.assert_close(Server(kept).step([(0, text)])[0], expected, atol=1e-4, rtol=0)
+    assert kept.bytes == weight_bytes(profile, "float32", MXFP4)
+    held = sum(part.nbytes for part in kept.parameters() if part.dtype == torch.uint8)
+    assert held == sum(part.nbytes for pair in packed.values() for part in pair)
     half = open_model(tmp_path, torch.bfloat16)[0]
     ours, halves = (list(each.parameters()) for each in (open_model(tmp_path)[0], half))
     experts = [at for at, weight in enumerate(ours) if weight.dim() == 2 and tuple(weight.shape) == (96, 64)]
     assert experts
     assert all(torch.equal(ours[at], halves[at].float()) for at in experts), "every number is one of bfloat16"
+
+
+MXFP4 = Quantization("mxfp4", "fp32")
 
 
 def spoil_a_power(tensors: dict[str, Tensor]) -> None:
@@ -565,8 +578,9 @@ def cut_codes(tensors: dict[str, Tensor]) -> None:
 )
 def test_mxfp4_that_is_not_whole_is_refused(change: Any, named: str, tmp_path: Path) -> None:
     in_mxfp4(tmp_path, change)
-    with pytest.raises(WrongTensors, match=f"{named}(.|\n)*hint:"):
-        open_model(tmp_path)
+    for quantization in (None, MXFP4):
+        with pytest.raises(WrongTensors, match=f"{named}(.|\n)*hint:"):
+            open_model(tmp_path, quantization=quantization)
 
 
 @pytest.mark.parametrize(("dtype", "power"), [(torch.float32, 253), (torch.bfloat16, 253), (torch.float16, 141)])

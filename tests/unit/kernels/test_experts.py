@@ -130,7 +130,17 @@ def test_experts_with_biases_and_a_clamped_gate(kernels: Kernels, clamp: Clamp |
     layer = kernels.experts(*stacked, biases=(biases[0], biases[1], biases[2]), clamp=clamp)
     assert sum(parameter.nbytes for parameter in layer.parameters()) == sum(t.nbytes for t in [*stacked, *biases])
     found = layer(x, choice, shares)
-    exact, size = torch.zeros(2, 11, width, dtype=torch.float64)
+    exact, size = biased(x, choice, shares, weights, biases, clamp)
+    assert found[7].isnan().all()
+    rest = [row for row in range(11) if row != 7]
+    close(found[rest], (exact[rest], size[rest]))
+
+
+def biased(
+    x: Tensor, choice: Tensor, shares: Tensor, weights: Weights, biases: list[Tensor], clamp: Clamp | None
+) -> tuple[Tensor, Tensor]:
+    """`formula` with biases, and a gate that may be clamped."""
+    exact, size = torch.zeros(2, *x.shape, dtype=torch.float64)
     for row, wide in enumerate(x.double()):
         for expert, share in zip(choice[row].tolist(), shares[row].double(), strict=True):
             (gate, up, down), at = weights[expert], [bias[expert].double() for bias in biases]
@@ -140,9 +150,25 @@ def test_experts_with_biases_and_a_clamped_gate(kernels: Kernels, clamp: Clamp |
             inside = gated / (1 + (-(1.0 if clamp is None else clamp.alpha) * gated).exp()) * other
             exact[row] += share * (down.double() @ inside + at[2])
             size[row] += share * (down.double().abs() @ inside.abs() + at[2].abs())
-    assert found[7].isnan().all()
-    rest = [row for row in range(11) if row != 7]
-    close(found[rest], (exact[rest], size[rest]))
+    return exact, size
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("clamp", [None, Clamp(1.7, 0.8)], ids=["silu", "clamped"])
+def test_experts_of_integers_have_biases_and_a_clamped_gate_too(
+    kernels: Kernels, clamp: Clamp | None, bits: int
+) -> None:
+    torch.manual_seed(0)
+    count, width, inner = 4, 96, 64
+    weights, x = random_weights(count, width, inner, torch.float32), torch.randn(11, width)
+    first, second, third = (torch.randn(count, outputs) for outputs in (inner, inner, width))
+    choice, shares = sent(11, count, 2)
+    gate, up, down = (in_bits(torch.cat(three), bits) for three in zip(*weights, strict=True))
+    layer = kernels.quantized_experts(
+        gate, up, down, count, "float", torch.float32, biases=(first, second, third), clamp=clamp
+    )
+    expected = biased(x, choice, shares, rounded(weights, bits), [first, second, third], clamp)
+    close(layer(x, choice, shares), expected)
 
 
 @pytest.mark.parametrize("bits", [8, 4])

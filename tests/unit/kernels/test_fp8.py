@@ -13,6 +13,7 @@ from tests.unit.kernels.test_backends import BACKENDS, backend
 from torch import Tensor
 
 from quire_kernels import Fp8Weight, KernelError, load
+from quire_kernels.mxfp4 import Mxfp4Weight
 from quire_kernels.quantized import FP8, quantize_fp8, quantize_int8, shared_outputs
 from quire_kernels.reference.bytes import quantize_groups
 
@@ -154,11 +155,12 @@ def test_an_input_is_rounded_by_128_and_what_is_not_finite_stays_that() -> None:
 
 def test_what_has_no_product_says_so() -> None:
     eight, coded = quantize_int8(torch.ones(4, 8)), quantize_fp8(torch.ones(4, 8))
+    packed = Mxfp4Weight.empty(4, 32)
     for name in BACKENDS:
         with pytest.raises(KernelError, match="Int8Weight has no products with an input in fp8"):
             backend(name).quantized_product(eight, None, "fp8", torch.float32)
-        words = (
-            "Fp8Weight has no products with an input in int8" if name == "reference" else "no products.* in fp8"
-        )
-        with pytest.raises(KernelError, match=words):
-            backend(name).quantized_product(coded, None, "int8", torch.float32)
+        for weight in (coded, packed):
+            kind = type(weight).__name__
+            words = f"{kind} has no products with an input in int8"
+            with pytest.raises(KernelError, match=words if name == "reference" else f"no products of {kind}"):
+                backend(name).quantized_product(weight, None, "int8", torch.float32)

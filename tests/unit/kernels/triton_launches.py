@@ -167,20 +167,36 @@ def through_experts(
     layer.cut(new(tokens, width, dtype=dtype), choice, shares, tilings or layer.tilings(tokens, chosen))
 
 
-def coded_weight(count: int, outputs: int, width: int, bits: int, group: int, dtype: torch.dtype) -> coded.Coded:
+def coded_weight(count: int, outputs: int, width: int, codes: int, group: int, dtype: torch.dtype) -> coded.Coded:
+    bits = 8 if codes == coded.INT8 else 4
     words = new(1, outputs, width * bits // 16, dtype=torch.int16).expand(count, -1, -1)
-    scales = new(count, width // group, outputs) if group else new(count, outputs, dtype=F32)
-    codes = coded.INT4 if group else coded.INT8
+    kept = torch.uint8 if codes == coded.MXFP4 else BF16
+    scales = new(count, width // group, outputs, dtype=kept) if group else new(count, outputs, dtype=F32)
     return coded.Coded(words, scales, codes, group, dtype, (count, outputs, width))
 
 
 def through_coded_experts(
-    tokens: int, count: int, chosen: int, width: int, inner: int, group: int, dtype: torch.dtype = BF16
+    tokens: int,
+    count: int,
+    chosen: int,
+    width: int,
+    inner: int,
+    group: int,
+    dtype: torch.dtype = BF16,
+    clamp: Clamp | None = None,
 ) -> None:
-    """`group` 0 is 8 bits."""
+    """`group` 0 is 8 bits. With a `clamp` they are those of gpt-oss, in MXFP4 and with biases."""
     choice, shares = experts.route(new(tokens, count, dtype=F32), chosen, over_chosen=True)
-    each = partial(coded_weight, count, bits=4 if group else 8, group=group, dtype=dtype)
-    layer = experts.CodedExperts(each(inner, width), each(inner, width), each(width, inner), here.shared_bytes)
+    codes = coded.INT8 if group == 0 else coded.INT4 if clamp is None else coded.MXFP4
+    each = partial(coded_weight, count, codes=codes, group=group, dtype=dtype)
+    layer = experts.CodedExperts(
+        each(inner, width),
+        each(inner, width),
+        each(width, inner),
+        here.shared_bytes,
+        None if clamp is None else (new(count, inner), new(count, inner), new(count, width)),
+        clamp,
+    )
     layer.cut(new(tokens, width, dtype=dtype), choice, shares, layer.tilings(tokens, chosen))
 
 
@@ -275,6 +291,7 @@ LAUNCHES: list[Callable[[], Any]] = [
     lambda: through_experts(32, 32, 4, 2880, 2880, clamp=Clamp(1.702, 7.0)),
     lambda: unpacked(partial(through_coded_experts, 32, 128, 8, 2048, 768, 0), 16),
     lambda: unpacked(partial(through_coded_experts, 32, 128, 8, 2048, 768, 32), 8),
+    lambda: unpacked(partial(through_coded_experts, 32, 32, 4, 2880, 2880, 32, clamp=Clamp(1.702, 7.0)), 8),
 ]
 MORE: list[Callable[[], Any]] = [
     lambda: norm.rms_norm(new(3, 80), new(80), 1e-6, PLAIN),
@@ -343,6 +360,10 @@ MORE: list[Callable[[], Any]] = [
     *(partial(through_experts, tokens, 5, 3, 100, 70, F32) for tokens in (1, 64)),
 ]
 CANDIDATES: list[Callable[[], Any]] = [
+    *(
+        partial(through_coded_experts, tokens, 32, 4, 2880, 2880, 32, clamp=Clamp(1.702, 7.0))
+        for tokens in (1, 64, 2048)
+    ),
     *(
         partial(through_coded_experts, tokens, 8, 2, 4096, 14336, group)
         for tokens in (1, 64, 2048)
@@ -420,11 +441,15 @@ def in_words(start: Callable[[], Any]) -> None:
         raise RuntimeError("values go byte by byte")
 
 
+MASKS = "0x007f007f", "0x000f000f", "0x01c001c0"
+"""Of the instructions that unpack int8, int4 and MXFP4 as bfloat16."""
+
+
 def unpacked(start: Callable[[], Any], copied: int) -> None:
     """Raises if weights of this launch do not come from memory in copies of so many bytes, or go byte by byte."""
     before = len(PTX)
     start()
-    found = [ptx for ptx in PTX[before:] if "0x007f007f" in ptx or "0x000f000f" in ptx]
+    found = [ptx for ptx in PTX[before:] if any(mask in ptx for mask in MASKS)]
     if len(found) != 2:
         raise RuntimeError(f"{len(found)} products unpack codes")
     for ptx in found:

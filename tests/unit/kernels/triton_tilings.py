@@ -23,7 +23,7 @@ from triton.runtime.jit import KernelInterface
 
 from quire_kernels.quantized import Fp8Weight
 from quire_kernels.reference.bytes import E4M3
-from quire_kernels.triton import attention_cuts, experts, launch, product, quantized, scaled, timing
+from quire_kernels.triton import attention_cuts, coded, experts, launch, product, quantized, scaled, timing
 from quire_kernels.triton.attention import Chip, StepAttention
 from quire_kernels.tuning import Trial
 
@@ -79,8 +79,8 @@ def trials(chip: Chip) -> Iterator[Trial]:
         yield from made.trials(256)
     gate, down = new(1, 768, 2048).expand(128, -1, -1), new(1, 2048, 768).expand(128, -1, -1)
     yield from experts.TritonExperts(gate, gate, down, chip.shared_bytes).trials(2048, 8)
-    for group in (0, 32):
-        each = partial(coded_weight, 128, bits=4 if group else 8, group=group, dtype=BF16)
+    for codes, group in ((coded.INT8, 0), (coded.INT4, 32), (coded.MXFP4, 32)):
+        each = partial(coded_weight, 128, codes=codes, group=group, dtype=BF16)
         layer = experts.CodedExperts(each(768, 2048), each(768, 2048), each(2048, 768), chip.shared_bytes)
         yield from layer.trials(2048, 8)
 

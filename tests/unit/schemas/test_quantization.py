@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -9,7 +10,7 @@ import msgspec
 import pytest
 from tests.unit.schemas.test_sizing import LLAMA_8B, QWEN_HALF_B, ask, gpu, offers
 
-from quire_schemas.checkpoint import ModelProfile, expected_tensors, profile_from_config
+from quire_schemas.checkpoint import ModelProfile, expected_tensors, is_packed, profile_from_config
 from quire_schemas.fp8 import Fp8Profile
 from quire_schemas.quantization import FLOATS, GROUP_SIZES, Unquantizable, resolve
 from quire_schemas.sizing import GIB, activation_bytes, fit, weight_bytes
@@ -190,14 +191,15 @@ def taken(hint: str, declared: dict[str, Any], profile: ModelProfile, device: An
 
 
 HALF = "layers.1.self_attn.k_proj"
+PACKED = profile_from_config({**GPT_OSS.raw, "quantization_config": {"quant_method": "mxfp4"}})
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("method", ["none", "int8", "int4", "fp8"])
 @pytest.mark.parametrize(
     "profile",
-    [LLAMA_8B, in_fp8(LLAMA_8B, HALF), MIXTRAL, in_fp8(MIXTRAL), in_fp8(MIXTRAL, HALF), GPT_OSS],
-    ids=["dense", "half in fp8", "experts", "experts in fp8", "experts half in fp8", "gpt-oss"],
+    [LLAMA_8B, in_fp8(LLAMA_8B, HALF), MIXTRAL, in_fp8(MIXTRAL), in_fp8(MIXTRAL, HALF), GPT_OSS, PACKED],
+    ids=["dense", "half in fp8", "experts", "experts in fp8", "experts half in fp8", "gpt-oss", "in mxfp4"],
 )
 def test_no_hint_leads_into_the_next_refusal(profile: ModelProfile, method: str, device: Any) -> None:
     declared = section(method)
@@ -207,12 +209,37 @@ def test_no_hint_leads_into_the_next_refusal(profile: ModelProfile, method: str,
         taken(refused.hint, declared, profile, device)
 
 
+def test_experts_in_mxfp4_stay_so_on_a_gpu_and_are_widened_on_a_cpu() -> None:
+    for declared in (section("none"), section("none", "bf16")):
+        found = resolve(declared, PACKED, dtype="bfloat16", device="cuda")
+        assert found == Quantization("mxfp4", "bf16")
+        assert str(found) == "experts in mxfp4, bf16 activations"
+        assert msgspec.json.decode(msgspec.json.encode(found), type=Quantization) == found
+    assert resolve(section("none"), PACKED, dtype="bfloat16", device="cpu") is None
+    assert resolve(section("none"), GPT_OSS, dtype="bfloat16", device="cuda") is None
+    shapes = dict(expected_tensors(PACKED))
+    packed = [name for name in shapes if is_packed(PACKED, name)]
+    assert len(packed) == 2 * PACKED.num_layers
+    numbers = sum(math.prod(shapes[name]) for name in packed)
+    saved = weight_bytes(PACKED, "bfloat16") - weight_bytes(PACKED, "bfloat16", found)
+    assert saved == numbers * 2 - numbers * 17 // 32, "a byte for two codes, and one for 32"
+    lines = "".join(fit(PACKED, gpu(80, max_model_len=64, quantization=found)).lines())
+    assert "experts in mxfp4" in lines
+    assert "widened" not in lines
+
+
+@pytest.mark.parametrize("activations", ["int8", "fp8", "fp16"])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_experts_in_mxfp4_meet_numbers_of_the_engine_alone(activations: str, device: Any) -> None:
+    with pytest.raises(Unquantizable, match="multiplied by numbers of the engine's dtype") as refused:
+        resolve(section("none", activations), PACKED, dtype="bfloat16", device=device)
+    assert (refused.value.field, refused.value.hint) == ("activations", "declare activations: auto")
+
+
 def test_what_is_widened_is_said_of_either_format() -> None:
-    packed = profile_from_config({**GPT_OSS.raw, "quantization_config": {"quant_method": "mxfp4"}})
-    for device, request in (("a CPU", ask(max_model_len=64)), ("a GPU", gpu(80, max_model_len=64))):
-        said = f"experts in MXFP4 are widened to bfloat16, for nothing on {device} multiplies them"
-        assert said in "".join(fit(packed, request).lines())
-        assert "widened" not in "".join(fit(GPT_OSS, request).lines())
+    said = "experts in MXFP4 are widened to bfloat16, for nothing on a CPU multiplies them"
+    assert said in "".join(fit(PACKED, ask(max_model_len=64)).lines())
+    assert "widened" not in "".join(fit(GPT_OSS, ask(max_model_len=64)).lines())
     coded = fit(in_fp8(MIXTRAL), gpu(80, quantization=Quantization("fp8", "fp8")))
     assert "experts in fp8 are widened to bfloat16" in "".join(coded.lines())
 

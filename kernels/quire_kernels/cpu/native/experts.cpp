@@ -259,14 +259,13 @@ int64_t experts_scratch(int threads, const Experts& call) {
 }
 
 void experts(Pool& pool, const Experts& call, void* scratch) {
-  auto as = [&]<class X>(X) {
+  auto gated = [&]<bool kClamped, class X>(X) {
     if (call.quantized)
-      compute<X, WholeRows, false>(pool, call, call.quantized, scratch);
-    else if (call.limit > 0.0)
-      compute<X, FloatRows, true>(pool, call, call.floats, scratch);
+      compute<X, WholeRows, kClamped>(pool, call, call.quantized, scratch);
     else
-      compute<X, FloatRows, false>(pool, call, call.floats, scratch);
+      compute<X, FloatRows, kClamped>(pool, call, call.floats, scratch);
   };
+  auto as = [&](auto x) { call.limit > 0.0 ? gated.operator()<true>(x) : gated.operator()<false>(x); };
   call.format == kFloat32 ? as(float{}) : call.format == kBfloat16 ? as(bf16{}) : as(fp16{});
 }
 
