@@ -328,12 +328,19 @@ class Health:
 
 
 class _LastWords(logging.Handler):
-    """Remembers the last line that the exporter's library would have logged."""
+    """Remembers the last line that the exporter's library would have logged on this thread: traces and metrics
+    have one each, and may fail at once."""
 
-    text = ""
+    def __init__(self) -> None:
+        super().__init__()
+        self._said = threading.local()
+
+    @property
+    def text(self) -> str:
+        return getattr(self._said, "text", "")
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.text = " ".join(record.getMessage().split())[:300]
+        self._said.text = " ".join(record.getMessage().split())[:300]
 
 
 _last_words: Final = _LastWords()

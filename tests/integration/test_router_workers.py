@@ -62,7 +62,8 @@ def who_has(world: World, port: int, among: list[int]) -> int:
     """The process that has the connection which a client has from `port`."""
     ours, theirs = f":{world.port:04X}", f":{port:04X}"
     rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
-    (inode,) = [row[9] for row in rows if row[1].endswith(ours) and row[2].endswith(theirs)]
+    # a table that changes while it is read may have a row twice
+    (inode,) = {row[9] for row in rows if row[1].endswith(ours) and row[2].endswith(theirs)}
     for pid in among:
         for fd in Path(f"/proc/{pid}/fd").iterdir():
             with contextlib.suppress(FileNotFoundError):
