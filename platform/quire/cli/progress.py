@@ -123,6 +123,12 @@ def rolled_out(view: View | None) -> tuple[Verdict, str]:
     return decided if decided is not None and not decided[1].startswith("Paused") else succeeded(view)
 
 
+def _of_now(view: View) -> View:
+    """The same without a status that is of an earlier generation: it would be read as the progress of this one."""
+    observed = view["status"].get("observedGeneration", view["generation"])
+    return view if observed >= view["generation"] else {**view, "status": {}}
+
+
 Judge = Callable[[View | None], tuple[Verdict, str]]
 Result = tuple[Verdict, str, View | None]
 WIDE = 10_000
@@ -147,6 +153,7 @@ class Display:
         return cls(sys.stderr.write, redraw=sys.stderr.isatty(), width=shutil.get_terminal_size().columns - 1)
 
     def show(self, views: Sequence[View], waits: Mapping[str, str] = MappingProxyType({})) -> None:
+        views = [_of_now(view) for view in views]
         if self._redraw:
             self._draw([render.progress_line(view, self._width, waits.get(render.key_of(view))) for view in views])
         else:

@@ -789,7 +789,7 @@ def progress_line(view: View, width: int, waits: str | None = None) -> str:
     if summary and (waits or not settled):
         tail.append(f"({summary})" if tail else f"… {summary}")
     elif not steps:
-        tail.append(f"✔ {view['status'].get('summary', '')}")
+        tail.append(f"✔ {summary}" if summary else "…")
     line = "  ".join([label(view), *done, *tail])
     while done and len(line) > width:
         done.pop(0)

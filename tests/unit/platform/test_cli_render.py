@@ -390,6 +390,22 @@ def test_a_terminal_redraws_what_changed_and_a_pipe_appends() -> None:
     assert not any("\x1b" in line for line in written)
 
 
+@pytest.mark.parametrize("kind", ["model", "gateway"])
+def test_what_an_earlier_generation_came_to_is_no_progress_of_this_one(kind: str) -> None:
+    written: list[str] = []
+    before = model(kind=kind, generation=2, status={"observedGeneration": 1, "summary": "Stalled: CrashLoop"})
+    Display(written.append, redraw=False, width=99).show([before])
+    assert written == []
+    Display(written.append, redraw=True, width=99).show([before])
+    assert "Stalled" not in written[0]
+    assert "✔" not in written[0]
+    assert "…" in written[0]
+    written.clear()
+    now = model(kind=kind, generation=2, status={"observedGeneration": 2, "summary": "Stalled: CrashLoop"})
+    Display(written.append, redraw=False, width=99).show([now])
+    assert any("Stalled: CrashLoop" in line for line in written)
+
+
 def gitsource(summary: str = "Synced a1b2c3d", **status: Any) -> dict[str, Any]:
     found = {
         "summary": summary, "ref": "branch main", "looked": 5.0, "lastAppliedRevision": "a1b2c3d4e5f6a7b8",
