@@ -19,7 +19,7 @@ from benchmarks.gpu.device import Card, Device
 from quire_engine.engine import DTYPES
 from quire_kernels import QuantizedWeight
 from quire_kernels.mxfp4 import Mxfp4Weight
-from quire_kernels.quantized import quantize_int4, quantize_int8
+from quire_kernels.quantized import quantize_fp8, quantize_int4, quantize_int8
 from quire_kernels.triton import experts
 
 
@@ -40,6 +40,7 @@ LAYERS = {
 WEIGHTS: dict[str, Callable[[Tensor], QuantizedWeight] | None] = {
     "bf16": None,
     "int8": quantize_int8,
+    "fp8": partial(quantize_fp8, shared=64),
     "int4/32": partial(quantize_int4, group_size=32),
     "int4/128": partial(quantize_int4, group_size=128),
     "mxfp4": _any_mxfp4,

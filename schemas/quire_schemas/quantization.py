@@ -11,10 +11,11 @@ with tied embeddings is the embedding. An untied embedding is read by row, where
 gained, norms and routers of experts are small, and a router's decision is one between near equals: they stay in
 the engine's dtype. Biases are added in float32, and kept as that.
 
-Of a checkpoint that is in fp8 already `fp8` takes what the file has, so its head stays, too, and experts, for
-which there are no products in fp8, are widened. `none` is then fp8 on a GPU, and on a CPU weights of the
-engine's dtype; int8 and int4 are made of what the file's codes stand for. Of a checkpoint with experts in MXFP4
-`none` is `mxfp4` on a GPU: these stay as they are, and all else is in the engine's dtype. Nobody declares it.
+Of a checkpoint that is in fp8 already `fp8` takes what the file has, so its head stays, too. `none` is then fp8
+on a GPU, and on a CPU weights of the engine's dtype; int8 and int4 are made of what the file's codes stand for.
+Experts in fp8 meet inputs as they are, whatever those of other layers are rounded to. Of a checkpoint with experts
+in MXFP4 `none` is `mxfp4` on a GPU: these stay as they are, and all else is in the engine's dtype. Nobody declares
+it.
 
 Exceptions:
 
@@ -23,6 +24,7 @@ Exceptions:
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -156,21 +158,39 @@ def misfit(profile: ModelProfile, quantization: Quantization) -> str:
     return ""
 
 
+@functools.lru_cache(maxsize=32)  # experts are thousands of tensors
+def _in_fp8(profile: ModelProfile) -> frozenset[str]:
+    """Names of the weights that the checkpoint has in fp8."""
+    if (fp8 := profile.fp8) is None:
+        return frozenset()
+    return frozenset(name for name, shape in expected_tensors(profile) if fp8.holds(name, shape))
+
+
+@functools.lru_cache(maxsize=32)
 def _half_in_fp8(profile: ModelProfile) -> str:
-    if profile.fp8 is None:
-        return ""
-    for name, shape in expected_tensors(profile):
-        if ".experts." in name:  # each of the three is a weight of its own
+    seen: dict[str, tuple[str, bool]] = {}
+    all_coded = _in_fp8(profile)
+    for name, _ in expected_tensors(profile) if all_coded else ():
+        if (one := _one_on_a_gpu(name)) is None:
             continue
-        for first, *others in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
-            if name.endswith(f".{first}.weight"):
-                whole = profile.fp8.holds(name, shape)
-                for other in others:
-                    beside = name.replace(first, other)
-                    if profile.fp8.holds(beside, shape) != whole:
-                        plain, coded = (beside, name) if whole else (name, beside)
-                        return f"{coded} is in fp8 and {plain} is not, and on a GPU they are one weight"
+        coded = name in all_coded
+        first, whole = seen.setdefault(one, (name, coded))
+        if coded != whole:
+            there, lacking = (first, name) if whole else (name, first)
+            return f"{there} is in fp8 and {lacking} is not, and on a GPU they are multiplied as one"
     return ""
+
+
+def _one_on_a_gpu(name: str) -> str | None:
+    """What a weight is a part of: projections that are fused, or all experts of a layer. None if it is alone."""
+    layer, experts, _ = name.partition(".experts.")
+    if experts:
+        return layer
+    for number, group in enumerate((("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))):
+        for part in group:
+            if name.endswith(f".{part}.weight"):
+                return f"{name.removesuffix(f'{part}.weight')}{number}"
+    return None
 
 
 def device_misfit(method: str, device: Literal["cpu", "cuda"]) -> str:
@@ -181,16 +201,13 @@ def device_misfit(method: str, device: Literal["cpu", "cuda"]) -> str:
 
 
 def experts_misfit(profile: ModelProfile, method: str) -> str:
-    """Why experts quantized by that method cannot be had; empty if they can, or if there are none: those of a
-    checkpoint in fp8 are widened, and none are made."""
+    """Why experts quantized by that method cannot be had; empty if they can, or if there are none."""
     packed = profile.experts is not None and profile.experts.packed
     if method == "mxfp4":
         return "" if packed else f"the checkpoint ({profile.architecture}) has no experts in MXFP4"
     if profile.experts is not None and profile.experts.turned:
         return f"quantized experts of {profile.architecture} are not supported by this version"
-    if profile.experts is None or (method == "fp8" and profile.fp8 is not None):
-        return ""
-    return f"experts ({profile.architecture}) have no products in fp8" if method == "fp8" else ""
+    return ""
 
 
 def activations_misfit(
@@ -210,11 +227,7 @@ def widened(profile: ModelProfile, quantization: Quantization | None) -> str:
     do."""
     if profile.experts is not None and profile.experts.packed:
         return "experts in MXFP4" if quantization is None else ""
-    if profile.fp8 is None:
-        return ""
-    if quantization is None:
-        return "weights in fp8"
-    return "experts in fp8" if quantization.method == "fp8" and profile.experts is not None else ""
+    return "weights in fp8" if profile.fp8 is not None and quantization is None else ""
 
 
 def is_quantized(profile: ModelProfile, name: str, shape: tuple[int, ...], quantization: Quantization) -> bool:
@@ -222,7 +235,7 @@ def is_quantized(profile: ModelProfile, name: str, shape: tuple[int, ...], quant
     if quantization.method == "mxfp4":
         return is_packed(profile, name)
     if quantization.method == "fp8" and profile.fp8 is not None:
-        return ".experts." not in name and profile.fp8.holds(name, shape)
+        return name in _in_fp8(profile)
     experts = profile.experts
     if experts is not None and name.endswith(f".{experts.block}.{experts.router_name}.weight"):
         return False

@@ -1,7 +1,7 @@
 """Weights in fp8: as the checkpoint has them, or made of a checkpoint in a float type while it is read.
 
-Of a checkpoint in fp8 codes are taken over bit by bit, and what it keeps in floats is `Plain`'s, as are its
-experts, which are widened. Else the file's own numbers are rounded, whole blocks at a time. The parts of a
+Of a checkpoint in fp8 codes are taken over bit by bit, and what it keeps in floats is `Plain`'s. Experts meet
+their input as it is. Else the file's own numbers are rounded, whole blocks at a time. The parts of a
 fused weight keep their own blocks: where they do not begin at multiples of 128 outputs, blocks of the whole are
 smaller, and several have one scale. Biases of what is in fp8 are added to sums in float32 and are kept as that.
 """
@@ -49,9 +49,10 @@ class Fp8:
         return self._product(self._stack([name]), None)
 
     def experts(self, gate: Sequence[str], up: Sequence[str], down: Sequence[str]) -> Experts:
-        if self.weights.is_coded(gate[0]) or self.weights.stays(gate[0]):
+        if self.weights.stays(gate[0]):
             return self._plain.experts(gate, up, down)
-        raise KernelError(f"{gate[0]} cannot be made fp8")  # `experts_misfit` has refused it by name
+        stacked = self._stack(gate), self._stack(up), self._stack(down)
+        return self.kernels.quantized_experts(*stacked, len(gate), "float", self.weights.dtype)
 
     def turned_experts(self, at: str, clamp: Clamp | None) -> Experts:
         raise KernelError(f"{at} cannot be quantized")  # `experts_misfit` has refused it by name

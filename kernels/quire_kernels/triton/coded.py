@@ -3,6 +3,7 @@
     int8     out[n] = (Σ_k x[k] · code[n, k]) · scales[n]
     int4     out[n] = Σ_groups (Σ_k in group x[k] · code[n, k]) · scales[group, n]
     mxfp4    as int4 in groups of 32, whose scales are powers of two
+    fp8      as int4 in groups of 128, whose scales are those of blocks of b outputs
 
 An input is taken as it is, and each code is a number of its format exactly, so a weight stands for what it stands
 for on a CPU. Sums are float32; those of a group start at zero, and are scaled and added up in order.
@@ -10,7 +11,7 @@ for on a CPU. Sums are float32; those of a group start at zero, and are scaled a
 A step of few tokens waits for bytes, and a thread has time for three instructions or so a code of 4 bits. So codes
 are never moved one by one: what is loaded, and laid out for the tensor cores, are words of 16 bits, each with the
 codes of inputs that lie a part of a unit apart, and a word becomes several numbers where it arrives
-(`bytes.halves_of` is the same for keys and values in fp8). A unit is 128 inputs of an output; what is left is a
+(`bytes.halves_of`, which keys and values in fp8 have, too). A unit is 128 inputs of an output; what is left is a
 shorter one, and of 4 bits one of 64 and one of 32, so that no part of a unit reaches across groups.
 
     8 bits    word j of a unit of 2 · h inputs    inputs j, h + j                       lower byte first
@@ -20,7 +21,7 @@ A bfloat16 between 128 and 256 has whole numbers for its last seven bits: bits p
 the code, are the number. float16 is the same from 1024 on. A code of MXFP4 is a small float: its exponent and
 fraction, put where those of the wide number are lowest, are the number but for a power of two, subnormal or not.
 
-Legend: E experts, N outputs of each, K inputs, G groups of g inputs, h words of a unit.
+Legend: E experts, N outputs of each, K inputs, G groups of g inputs, h words of a unit, b outputs of a block.
 """
 
 from __future__ import annotations
@@ -34,16 +35,16 @@ import triton.language as tl
 from torch import Tensor
 
 from quire_kernels.errors import KernelError
-from quire_kernels.mxfp4 import GROUP, Mxfp4Weight
-from quire_kernels.quantized import Int4Weight, Int8Weight, QuantizedWeight
-from quire_kernels.triton.bytes import NATIVE
+from quire_kernels.mxfp4 import GROUP
+from quire_kernels.quantized import Fp8Weight, Int4Weight, Int8Weight, QuantizedWeight
+from quire_kernels.triton.bytes import NATIVE, halves_of
 
-INT8, INT4, MXFP4 = 1, 2, 3
-"""What the codes of a weight are; 0 are numbers as they are."""
+INT8, FP8, INT4, MXFP4 = 1, 2, 3, 4
+"""What the codes of a weight are, up to fp8 two of a word, else four; 0 are numbers as they are."""
 UNIT = 128
 """Inputs of an output whose words lie together."""
 
-_INT8, _MXFP4, _UNIT = tl.constexpr(INT8), tl.constexpr(MXFP4), tl.constexpr(UNIT)
+_INT8, _MXFP4, _FP8, _UNIT = tl.constexpr(INT8), tl.constexpr(MXFP4), tl.constexpr(FP8), tl.constexpr(UNIT)
 _PIECE = 1 << 22
 """Numbers of a weight that are put in order at a time."""
 
@@ -251,10 +252,10 @@ def _scales_at(beside, group, groups, stride, CODES: tl.constexpr, GROUP: tl.con
     else:
         a = _scale(tl.load(beside + tl.minimum(group, groups - 1) * stride), CODES)
         b, c, d = a, a, a
-        if GROUP < SIZE:
+        if CODES != _FP8 and GROUP < SIZE:
             c = _scale(tl.load(beside + tl.minimum(group + SIZE // GROUP // 2, groups - 1) * stride), CODES)
             d = c
-        if GROUP * 4 == SIZE:
+        if CODES != _FP8 and GROUP * 4 == SIZE:
             b = _scale(tl.load(beside + tl.minimum(group + 1, groups - 1) * stride), CODES)
             d = _scale(tl.load(beside + tl.minimum(group + 3, groups - 1) * stride), CODES)
     return a, b, c, d
@@ -303,6 +304,9 @@ def _met(acc, words, scales, a, b, c, d, CODES: tl.constexpr, GROUP: tl.constexp
     if CODES == _INT8:
         low, high = bytes_of(words, a.dtype)
         acc = _dot(high, b, _dot(low, a, acc))
+    elif CODES == _FP8:
+        low, high = halves_of(words, a.dtype)
+        acc += _dot(high, b, _dot(low, a, tl.zeros_like(acc))) * scales[0][:, None]
     else:
         none = tl.zeros_like(acc)
         first, second, third, fourth = quarters_of(words, a.dtype, CODES)
@@ -339,7 +343,7 @@ def _unit(
     BLOCK_H: tl.constexpr,
 ):
     """What a unit of SIZE inputs from k on adds to both sums."""
-    PARTS: tl.constexpr = 2 if CODES == _INT8 else 4
+    PARTS: tl.constexpr = 2 if CODES <= _FP8 else 4
     a, b, c, d = _inputs_at(numbers, k, real, SIZE, PARTS, BLOCK_H)
     acc = _met(acc, _words_at(weight, at, SIZE, PARTS, BLOCK_H), scales, a, b, c, d, CODES, GROUP, SIZE)
     if GATED:
@@ -370,49 +374,56 @@ def coded_sums(
     of a second.
 
     `weight` and `scales` begin with those of the expert, and `near` has the outputs. `numbers`: the first input of
-    each row [1, rows]; rows that are not `real` have zeros. `LEFT`: inputs behind the last whole unit.
+    each row [1, rows]; rows that are not `real` have zeros. `GROUP`: as `Coded.group`. `LEFT`: inputs behind the
+    last whole unit.
     """
-    PARTS: tl.constexpr = 2 if CODES == _INT8 else 4
+    PARTS: tl.constexpr = 2 if CODES <= _FP8 else 4
     WORDS: tl.constexpr = _UNIT // PARTS
-    PER: tl.constexpr = 1 if CODES == _INT8 else _UNIT // GROUP
-    units, groups = width // _UNIT, 1 if CODES == _INT8 else width // GROUP
+    PER: tl.constexpr = 1 if PARTS == 2 else _UNIT // GROUP
+    units, groups, stride = width // _UNIT, 1, outputs
     here = (near * (width // PARTS))[:, None]
     weight, second = weight + here, second + here
+    if CODES == _FP8:
+        groups, stride = tl.cdiv(width, _UNIT), 1
+        near = near // GROUP * groups
+    elif CODES != _INT8:
+        groups = width // GROUP
     beside, second_beside = scales + near, second_scales + near
     # scales are asked for a unit ahead, for nothing else of the loop would hide how long they take
-    mine = _scales_at(beside, 0, groups, outputs, CODES, GROUP, _UNIT)
-    hers = _scales_at(second_beside, 0, groups, outputs, CODES, GROUP, _UNIT) if GATED else mine
+    mine = _scales_at(beside, 0, groups, stride, CODES, GROUP, _UNIT)
+    hers = _scales_at(second_beside, 0, groups, stride, CODES, GROUP, _UNIT) if GATED else mine
     for unit in tl.range(0, units):
-        coming = _scales_at(beside, (unit + 1) * PER, groups, outputs, CODES, GROUP, _UNIT)
+        coming = _scales_at(beside, (unit + 1) * PER, groups, stride, CODES, GROUP, _UNIT)
         following = coming
         if GATED:
-            following = _scales_at(second_beside, (unit + 1) * PER, groups, outputs, CODES, GROUP, _UNIT)
+            following = _scales_at(second_beside, (unit + 1) * PER, groups, stride, CODES, GROUP, _UNIT)
         acc, other = _unit(
             acc, other, weight, second, mine, hers, numbers, real, unit * WORDS, unit * _UNIT,
             GATED, CODES, GROUP, _UNIT, WORDS,
         )  # fmt: skip
         mine, hers = coming, following
-    if CODES == _INT8:
+    if PARTS == 2:
         if LEFT > 0:
             acc, other = _unit(
                 acc, other, weight, second, mine, hers, numbers, real, units * WORDS, units * _UNIT,
                 GATED, CODES, GROUP, LEFT, WORDS,
             )  # fmt: skip
-        acc *= tl.load(beside)[:, None]
-        if GATED:
-            other *= tl.load(second_beside)[:, None]
+        if CODES == _INT8:
+            acc *= tl.load(beside)[:, None]
+            if GATED:
+                other *= tl.load(second_beside)[:, None]
     else:
         if LEFT & 64:
             k = units * _UNIT
-            mine = _scales_at(beside, k // GROUP, groups, outputs, CODES, GROUP, 64)
-            hers = _scales_at(second_beside, k // GROUP, groups, outputs, CODES, GROUP, 64) if GATED else mine
+            mine = _scales_at(beside, k // GROUP, groups, stride, CODES, GROUP, 64)
+            hers = _scales_at(second_beside, k // GROUP, groups, stride, CODES, GROUP, 64) if GATED else mine
             acc, other = _unit(
                 acc, other, weight, second, mine, hers, numbers, real, k // 4, k, GATED, CODES, GROUP, 64, 16
             )
         if LEFT & 32:
             k = units * _UNIT + (LEFT & 64)
-            mine = _scales_at(beside, k // GROUP, groups, outputs, CODES, GROUP, 32)
-            hers = _scales_at(second_beside, k // GROUP, groups, outputs, CODES, GROUP, 32) if GATED else mine
+            mine = _scales_at(beside, k // GROUP, groups, stride, CODES, GROUP, 32)
+            hers = _scales_at(second_beside, k // GROUP, groups, stride, CODES, GROUP, 32) if GATED else mine
             acc, other = _unit(
                 acc, other, weight, second, mine, hers, numbers, real, k // 4, k, GATED, CODES, GROUP, 32, 16
             )
@@ -429,10 +440,10 @@ class Coded:
     words: Tensor
     """[E, N, K / c] int16, of c codes each."""
     scales: Tensor
-    """int8: [E, N] float32; int4: [E, G, N] bfloat16, mxfp4: uint8."""
+    """int8: [E, N] float32; int4: [E, G, N] bfloat16, mxfp4: uint8; fp8: [E, N / b, ⌈K / 128⌉] float32."""
     codes: int
     group: int
-    """Inputs that share a scale; 0 if those of an output do."""
+    """Inputs that share a scale, 0 if those of an output do; in fp8 outputs that share one."""
     dtype: torch.dtype
     """Of the numbers that codes become."""
     shape: tuple[int, int, int]
@@ -442,18 +453,21 @@ class Coded:
     def of(cls, weight: QuantizedWeight, count: int, dtype: torch.dtype) -> Coded:
         """Takes over the `weight` [E · N, K] of `count` experts, whose bytes are put in order where they are.
 
-        Raises `KernelError` for a format that no kernel is made for.
+        Raises `KernelError` for widths that no kernel is made for.
         """
         (rows, width), values = weight.shape, weight.values
         shape = count, rows // count, width
-        if isinstance(weight, Int8Weight):
+        if isinstance(weight, Int8Weight | Fp8Weight):
             if width % 2:
                 raise KernelError(f"experts in 8 bits have whole words of inputs, and {width} are none")
             _in_place(values, width, _halved)
             words = values.view(torch.int16).view(*shape[:2], -1)
-            return cls(words, weight.scales.view(*shape[:2]), INT8, 0, dtype, shape)
-        if not isinstance(weight, Int4Weight | Mxfp4Weight):
-            raise KernelError(f"the triton back-end has no experts of {type(weight).__name__}")
+            if isinstance(weight, Int8Weight):
+                return cls(words, weight.scales.view(*shape[:2]), INT8, 0, dtype, shape)
+            if shape[1] % weight.shared:
+                raise KernelError(f"{shape[1]} outputs of an expert are no whole blocks of {weight.shared}")
+            blocks = weight.scales.view(count, shape[1] // weight.shared, -1)
+            return cls(words, blocks, FP8, weight.shared, dtype, shape)
         _in_place(values, width, _quartered)
         scales = weight.scales.view(*shape[:2], -1)
         for one in scales:  # so that there is never more of it twice
@@ -475,7 +489,7 @@ class Coded:
     @property
     def kind(self) -> str:
         """What tilings go by."""
-        return {INT8: "int8", INT4: f"int4/{self.group}", MXFP4: "mxfp4"}[self.codes]
+        return {INT8: "int8", INT4: f"int4/{self.group}", MXFP4: "mxfp4", FP8: "fp8"}[self.codes]
 
     def parameters(self) -> Iterator[Tensor]:
         """Every tensor it holds, once."""

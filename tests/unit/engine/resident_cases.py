@@ -252,6 +252,7 @@ def test_a_seed_gives_the_same_answer_in_any_company(name: str, tmp_path: Path) 
         ("qwen2-tied", Quantization("int4", "fp32", 32)),
         ("mixtral", Quantization("int8", "fp32")),
         ("mixtral", Quantization("int4", "fp32", 32)),
+        ("mixtral", Quantization("fp8", "fp32")),
         pytest.param(
             *("llama-biases", Quantization("fp8", "fp8")),
             marks=pytest.mark.skipif(not INTERPRETED, reason="tensor cores keep few bits of a sum in fp8"),

@@ -34,7 +34,7 @@ from quire_engine.errors import InvalidSpec
 from quire_engine.models import DecoderModel, load_model
 from quire_engine.quantization.fp8 import Fp8
 from quire_engine.weights import Weights
-from quire_kernels import KernelError, load, quantized
+from quire_kernels import load, quantized
 from quire_schemas import fp8
 from quire_schemas.checkpoint import read_config, read_profile
 from quire_schemas.checkpoint_files import CheckpointError
@@ -70,6 +70,7 @@ EXPERTS = Qwen3MoeConfig(
 )
 FILE = "model.safetensors"
 UP = "model.layers.1.mlp.up_proj.weight"
+EXPERT = "model.layers.1.mlp.experts.2.up_proj.weight"
 MODELS: dict[Any, Any] = {
     Qwen3Config: Qwen3ForCausalLM,
     LlamaConfig: LlamaForCausalLM,
@@ -185,18 +186,24 @@ def test_a_checkpoint_in_fp8_is_what_its_codes_stand_for(
     assert 0.001 < (integers - expected).norm() / expected.norm() < 0.1
 
 
-def test_experts_in_fp8_are_widened_and_their_router_is_none_of_them(tmp_path: Path) -> None:
+def test_experts_in_fp8_are_kept_or_widened_and_their_router_is_none_of_them(tmp_path: Path) -> None:
     coded, wide = checkpoints(EXPERTS, tmp_path)
     expected = logits(opened(wide, backend="cpu"))
     torch.testing.assert_close(logits(opened(coded, backend="cpu")), expected, atol=1e-4, rtol=0)
-    torch.testing.assert_close(logits(opened(coded, AS_IT_IS)), expected, atol=1e-4, rtol=0)
+    kept = opened(coded, AS_IT_IS)
+    torch.testing.assert_close(logits(kept), expected, atol=1e-4, rtol=0)
+    tensors = load_file(coded / FILE)
+    codes = sum(tensor.nbytes for tensor in tensors.values() if tensor.dtype == torch.float8_e4m3fn)
+    assert sum(part.nbytes for part in kept.parameters() if part.dtype == torch.uint8) == codes
 
 
-def test_experts_in_floats_are_not_made_fp8(tmp_path: Path) -> None:
-    """Nothing multiplies such experts: who gets past `resolve` is refused here."""
+def test_experts_in_floats_are_made_fp8(tmp_path: Path) -> None:
     _, wide = checkpoints(EXPERTS, tmp_path)
-    with pytest.raises(KernelError, match=r"experts\.0\.gate_proj\.weight cannot be made fp8"):
-        opened(wide, FP8)
+    plain, made = logits(opened(wide)), opened(wide, AS_IT_IS)
+    assert 0.001 < (logits(made) - plain).norm() / plain.norm() < 0.1
+    change(wide, lambda tensors: tensors[EXPERT].__setitem__((7, 3), torch.inf))
+    with pytest.raises(CheckpointError, match=r"experts\.2\.up_proj\.weight: .*not finite"):
+        opened(wide, AS_IT_IS)
 
 
 def test_modules_that_are_not_converted_are_floats(tmp_path: Path) -> None:

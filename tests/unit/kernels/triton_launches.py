@@ -168,11 +168,19 @@ def through_experts(
 
 
 def coded_weight(count: int, outputs: int, width: int, codes: int, group: int, dtype: torch.dtype) -> coded.Coded:
-    bits = 8 if codes == coded.INT8 else 4
+    bits = 8 if codes in (coded.INT8, coded.FP8) else 4
     words = new(1, outputs, width * bits // 16, dtype=torch.int16).expand(count, -1, -1)
-    kept = torch.uint8 if codes == coded.MXFP4 else BF16
-    scales = new(count, width // group, outputs, dtype=kept) if group else new(count, outputs, dtype=F32)
+    if codes == coded.INT8:
+        scales = new(count, outputs, dtype=F32)
+    elif codes == coded.FP8:
+        scales = new(count, outputs // group, -(-width // 128), dtype=F32)
+    else:
+        scales = new(count, width // group, outputs, dtype=torch.uint8 if codes == coded.MXFP4 else BF16)
     return coded.Coded(words, scales, codes, group, dtype, (count, outputs, width))
+
+
+FORMS = ((coded.INT8, 0), (coded.FP8, 128), *((coded.INT4, group) for group in (32, 64, 128)))
+GPT_OSS = 32, 4, 2880, 2880, coded.MXFP4, 32
 
 
 def through_coded_experts(
@@ -181,13 +189,13 @@ def through_coded_experts(
     chosen: int,
     width: int,
     inner: int,
-    group: int,
+    codes: int,
+    group: int = 0,
     dtype: torch.dtype = BF16,
     clamp: Clamp | None = None,
 ) -> None:
-    """`group` 0 is 8 bits. With a `clamp` they are those of gpt-oss, in MXFP4 and with biases."""
+    """With a `clamp` there are biases."""
     choice, shares = experts.route(new(tokens, count, dtype=F32), chosen, over_chosen=True)
-    codes = coded.INT8 if group == 0 else coded.INT4 if clamp is None else coded.MXFP4
     each = partial(coded_weight, count, codes=codes, group=group, dtype=dtype)
     layer = experts.CodedExperts(
         each(inner, width),
@@ -289,9 +297,10 @@ LAUNCHES: list[Callable[[], Any]] = [
     lambda: prepare(1),
     lambda: through_experts(32, 128, 8, 2048, 768),
     lambda: through_experts(32, 32, 4, 2880, 2880, clamp=Clamp(1.702, 7.0)),
-    lambda: unpacked(partial(through_coded_experts, 32, 128, 8, 2048, 768, 0), 16),
-    lambda: unpacked(partial(through_coded_experts, 32, 128, 8, 2048, 768, 32), 8),
-    lambda: unpacked(partial(through_coded_experts, 32, 32, 4, 2880, 2880, 32, clamp=Clamp(1.702, 7.0)), 8),
+    lambda: unpacked(partial(through_coded_experts, 32, 128, 8, 2048, 768, coded.INT8), 16),
+    lambda: unpacked(partial(through_coded_experts, 32, 128, 8, 2048, 768, coded.FP8, 128), 16),
+    lambda: unpacked(partial(through_coded_experts, 32, 128, 8, 2048, 768, coded.INT4, 32), 8),
+    lambda: unpacked(partial(through_coded_experts, 32, *GPT_OSS, clamp=Clamp(1.702, 7.0)), 8),
 ]
 MORE: list[Callable[[], Any]] = [
     lambda: norm.rms_norm(new(3, 80), new(80), 1e-6, PLAIN),
@@ -360,19 +369,16 @@ MORE: list[Callable[[], Any]] = [
     *(partial(through_experts, tokens, 5, 3, 100, 70, F32) for tokens in (1, 64)),
 ]
 CANDIDATES: list[Callable[[], Any]] = [
+    *(partial(through_coded_experts, tokens, *GPT_OSS, clamp=Clamp(1.702, 7.0)) for tokens in (1, 64, 2048)),
     *(
-        partial(through_coded_experts, tokens, 32, 4, 2880, 2880, 32, clamp=Clamp(1.702, 7.0))
+        partial(through_coded_experts, tokens, 8, 2, 4096, 14336, *form)
         for tokens in (1, 64, 2048)
+        for form in FORMS
     ),
     *(
-        partial(through_coded_experts, tokens, 8, 2, 4096, 14336, group)
-        for tokens in (1, 64, 2048)
-        for group in (0, 32, 64, 128)
-    ),
-    *(
-        partial(through_coded_experts, tokens, 5, 3, 96, 352, group, dtype)
+        partial(through_coded_experts, tokens, 5, 3, 96, 352, *form, dtype)
         for tokens in (1, 64)
-        for group in (0, 32)
+        for form in ((coded.INT8, 0), (coded.FP8, 32), (coded.INT4, 32), (coded.MXFP4, 32))
         for dtype in (F32, torch.float16)
     ),
     *(
@@ -441,8 +447,8 @@ def in_words(start: Callable[[], Any]) -> None:
         raise RuntimeError("values go byte by byte")
 
 
-MASKS = "0x007f007f", "0x000f000f", "0x01c001c0"
-"""Of the instructions that unpack int8, int4 and MXFP4 as bfloat16."""
+MASKS = "0x007f007f", "0x07f007f0", "0x000f000f", "0x01c001c0"
+"""Of the instructions that unpack int8, fp8, int4 and MXFP4 as bfloat16."""
 
 
 def unpacked(start: Callable[[], Any], copied: int) -> None:

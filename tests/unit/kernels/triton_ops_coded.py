@@ -21,7 +21,7 @@ from torch import Tensor
 
 from quire_kernels import Clamp, KernelError, QuantizedWeight
 from quire_kernels.mxfp4 import Mxfp4Weight
-from quire_kernels.quantized import quantize_fp8, quantize_int4, quantize_int8
+from quire_kernels.quantized import quantize_fp8, quantize_int4, quantize_int8, shared_outputs
 from quire_kernels.triton import INTERPRETED, TritonKernels, coded, experts
 
 torch.set_num_threads(1)
@@ -30,9 +30,9 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 DEVICE = "cpu" if INTERPRETED else "cuda"
 CLOSE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (not INTERPRETED)
-Format = int | Literal["mxfp4"]
-FORMATS: list[Format] = [0, 32, 64, 128, "mxfp4"]
-"""Sizes of a group in 4 bits, 0 is 8 bits; or MXFP4."""
+Format = int | Literal["mxfp4", "fp8"]
+FORMATS: list[Format] = [0, 32, 64, 128, "mxfp4", "fp8"]
+"""Sizes of a group in 4 bits, 0 is 8 bits; or MXFP4, or fp8."""
 SHAPES = [  # T, E, k, W, I: whole units of 128 inputs, what is left of one, less than one
     (1, 6, 3, 128, 384),
     (2, 3, 2, 160, 96),
@@ -59,6 +59,8 @@ def weights(count: int, width: int, inner: int, group: Format) -> Three:
             powers = draw(least, least + 4, (count * outputs, inputs // 32))
             return Mxfp4Weight(draw(256, (count * outputs, inputs // 2)), powers)
         rows = random(count * outputs, inputs, seed=seed) / inputs**0.5
+        if group == "fp8":
+            return quantize_fp8(rows, shared_outputs(outputs))
         return quantize_int4(rows, group) if group else quantize_int8(rows)
 
     return made(inner, width, 1), made(inner, width, 2), made(width, inner, 3)
@@ -126,7 +128,7 @@ def check(shape: tuple[int, ...], group: Format, dtype: torch.dtype, clamp: Clam
     assert torch.equal(of(x, choice.flip(-1).contiguous(), shares.flip(-1).contiguous()), found)
 
 
-@pytest.mark.parametrize(("group", "clamp"), [(0, None), (32, None), ("mxfp4", GPT_OSS)])
+@pytest.mark.parametrize(("group", "clamp"), [(0, None), (32, None), ("mxfp4", GPT_OSS), ("fp8", None)])
 def test_a_small_layer(group: Format, clamp: Clamp | None) -> None:
     check((2, 2, 1, 160, 32), group, torch.float16, clamp)
 
@@ -145,8 +147,9 @@ def test_a_layer(shape: tuple[int, ...], group: Format, dtype: torch.dtype) -> N
 @pytest.mark.nightly
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("inputs", [2, 34, 130, 254])
-def test_any_even_number_of_inputs_in_8_bits(inputs: int, dtype: torch.dtype) -> None:
-    check((3, 3, 2, inputs, 66), 0, dtype)
+@pytest.mark.parametrize("group", [0, "fp8"])
+def test_any_even_number_of_inputs_in_8_bits(group: Format, inputs: int, dtype: torch.dtype) -> None:
+    check((3, 3, 2, inputs, 66), group, dtype)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="takes hours in the interpreter; benchmarks/gpu_check.sh runs it on a GPU")
@@ -163,7 +166,7 @@ def test_a_layer_of_gpt_oss(tokens: int) -> None:
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("group", [0, 32, "mxfp4"])
+@pytest.mark.parametrize("group", [0, 32, "mxfp4", "fp8"])
 @pytest.mark.parametrize("halves", [False, True])
 @pytest.mark.parametrize("rows", [16] if INTERPRETED else [16, 32, 64, 128])
 def test_every_tile(rows: int, halves: bool, group: Format) -> None:
@@ -182,9 +185,9 @@ def test_every_tile(rows: int, halves: bool, group: Format) -> None:
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("group", [0, 32])
+@pytest.mark.parametrize("group", [0, 32, "fp8"])
 @pytest.mark.parametrize("tokens", [1, 30])
-def test_nobody_reads_an_expert_that_nobody_chose(tokens: int, group: int) -> None:
+def test_nobody_reads_an_expert_that_nobody_chose(tokens: int, group: Format) -> None:
     three, x = weights(5, 64, 32, group), random(tokens, 64)
     numbers, of = stood_for(three, 5), layer(three, 5, torch.float32)
     choice, shares = torch.full((tokens, 1), 3, device=DEVICE), random(tokens, 1).abs()
@@ -194,7 +197,7 @@ def test_nobody_reads_an_expert_that_nobody_chose(tokens: int, group: int) -> No
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("group", [0, 32, "mxfp4"])
+@pytest.mark.parametrize("group", [0, 32, "mxfp4", "fp8"])
 def test_a_token_that_is_not_finite_spoils_no_other(group: Format) -> None:
     of, x = layer(weights(3, 96, 32, group), 3, torch.float32), random(9, 96)
     choice, shares = sent(9, 3, 2)
@@ -216,7 +219,7 @@ def test_what_cannot_be_a_layer_is_refused() -> None:
     with pytest.raises(KernelError, match="whole words of inputs, and 3 are none"):
         kernels.quantized_experts(odd, odd, odd, 2, "float", torch.float16)
     blocks = quantize_fp8(random(64, 32))
-    with pytest.raises(KernelError, match="no experts of Fp8Weight"):
+    with pytest.raises(KernelError, match="32 outputs of an expert are no whole blocks of 64"):
         kernels.quantized_experts(blocks, blocks, blocks, 2, "float", torch.float16)
     with pytest.raises(KernelError, match="float32"):
         layer(weights(2, 32, 64, 0), 2, torch.float16)(random(2, 32), *sent(2, 2, 1))

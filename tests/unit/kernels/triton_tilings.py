@@ -79,7 +79,7 @@ def trials(chip: Chip) -> Iterator[Trial]:
         yield from made.trials(256)
     gate, down = new(1, 768, 2048).expand(128, -1, -1), new(1, 2048, 768).expand(128, -1, -1)
     yield from experts.TritonExperts(gate, gate, down, chip.shared_bytes).trials(2048, 8)
-    for codes, group in ((coded.INT8, 0), (coded.INT4, 32), (coded.MXFP4, 32)):
+    for codes, group in ((coded.INT8, 0), (coded.FP8, 128), (coded.INT4, 32), (coded.MXFP4, 32)):
         each = partial(coded_weight, 128, codes=codes, group=group, dtype=BF16)
         layer = experts.CodedExperts(each(768, 2048), each(768, 2048), each(2048, 768), chip.shared_bytes)
         yield from layer.trials(2048, 8)

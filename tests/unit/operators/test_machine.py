@@ -333,7 +333,7 @@ def test_a_checkpoint_in_fp8_runs_on_either_device() -> None:
     experts = coded | {"architectures": ["MixtralForCausalLM"], "num_key_value_heads": 4}
     some, all_of_it = placed(with_gpu, experts), placed(CPU, experts)
     assert str(some.quantization) == "fp8, fp8 activations"
-    assert all_of_it.weights > some.weights > 0.8 * all_of_it.weights, "experts are widened"
+    assert 0.5 * all_of_it.weights < some.weights < 0.6 * all_of_it.weights, "experts stay as they are, too"
     assert str(placed(with_gpu, experts, quantization={"method": "int8"}).quantization) == "int8, bf16 activations"
 
 
