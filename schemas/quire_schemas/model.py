@@ -29,7 +29,9 @@ _CPU_PREFILL_TOKENS = 64
 
 _NO_SECRETS = "variables of engines are written in the manifest alone"
 _ONE_DEVICE = "a replica runs on one device"
-_NO_FORMAT = "the engine makes int8, int4 or fp8 of a checkpoint in a float type, and reads no other but fp8"
+_NO_FORMAT = (
+    "the engine makes int8, int4 or fp8 of a checkpoint in a float type, and reads no other but fp8 and MXFP4"
+)
 _NO_GROUPS = "a scale is shared by 32, 64 or 128 weights"
 _NO_SPECULATION = "there is no speculative decoding yet"
 _NO_SLO = "there is no scheduling by a declared latency yet"
@@ -258,10 +260,10 @@ class Quantization(Strict):
     """Number format of the weights, where it is not that of the checkpoint."""
 
     method: Literal["none", "int8", "int4", "fp8", "awq", "gptq"] = declared(
-        "How weights are quantized. 'none' takes them as the checkpoint has them; those in fp8 are widened to "
-        "engine.dtype on a CPU. 'int8' and 'int4' make integers of those of all linear layers and of the head "
-        "while the engine loads: less memory, more speed, other numbers; 'fp8', on GPUs alone, floats of 8 bits "
-        "with a scale for each block of 128 x 128. An untied embedding and norms stay in engine.dtype.",
+        "How weights are quantized. 'none' takes them as the checkpoint has them; those in fp8 or MXFP4 are "
+        "widened to engine.dtype on a CPU. 'int8' and 'int4' make integers of those of all linear layers and of "
+        "the head while the engine loads: less memory, more speed, other numbers; 'fp8', on GPUs alone, floats of "
+        "8 bits with a scale for each block of 128 x 128. An untied embedding and norms stay in engine.dtype.",
         "none",
         update="rolling",
         refused=_NO_FORMAT,
@@ -274,7 +276,8 @@ class Quantization(Strict):
         "Number format of what enters a quantized layer. 'int8' has one scale for each token, found as it "
         "comes, and products of integers; 'fp8', for fp8 weights, one for each 128 inputs of a token; 'bf16' "
         "leaves it as it is. 'auto' is int8, with fp8 weights fp8, and with int4 on a GPU engine.dtype, for "
-        "there nothing would be gained. With method none only a checkpoint in fp8 on a GPU has any.",
+        "there nothing would be gained, and experts on a GPU always meet it as it is. With method none only a "
+        "checkpoint in fp8 or MXFP4 on a GPU has any.",
         "auto",
         update="rolling",
     )
