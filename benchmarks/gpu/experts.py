@@ -19,7 +19,7 @@ from benchmarks.gpu.device import Card, Device
 from quire_engine.engine import DTYPES
 from quire_kernels import QuantizedWeight
 from quire_kernels.mxfp4 import Mxfp4Weight
-from quire_kernels.quantized import quantize_fp8, quantize_int4, quantize_int8
+from quire_kernels.quantized import quantize_fp8, quantize_int4, quantize_int8, shared_outputs
 from quire_kernels.triton import experts
 
 
@@ -37,13 +37,15 @@ LAYERS = {
     "gpt-oss-20b": (32, 4, 2880, 2880),
 }
 """Experts, of which each token goes through so many; hidden width, width inside."""
-WEIGHTS: dict[str, Callable[[Tensor], QuantizedWeight] | None] = {
+Make = Callable[[Tensor, int], QuantizedWeight]
+"""Of rows of all experts, and how many each has."""
+WEIGHTS: dict[str, Make | None] = {
     "bf16": None,
-    "int8": quantize_int8,
-    "fp8": partial(quantize_fp8, shared=64),
-    "int4/32": partial(quantize_int4, group_size=32),
-    "int4/128": partial(quantize_int4, group_size=128),
-    "mxfp4": _any_mxfp4,
+    "int8": lambda rows, _: quantize_int8(rows),
+    "fp8": lambda rows, each: quantize_fp8(rows, shared_outputs(each)),
+    "int4/32": lambda rows, _: quantize_int4(rows, 32),
+    "int4/128": lambda rows, _: quantize_int4(rows, 128),
+    "mxfp4": lambda rows, _: _any_mxfp4(rows),
 }
 """How those that are no numbers are made."""
 TOKENS = (1, 8, 32, 128, 256, 2048)
@@ -87,16 +89,14 @@ def experts_rows(device: Device, card: Card, *, sweep: bool, quick: bool) -> Ite
                 yield from _sweep(row, layer, x, routed, replayed)
 
 
-def _layer(
-    device: Device, count: int, width: int, inner: int, make: Callable[[Tensor], QuantizedWeight] | None
-) -> experts.ExpertLayer[Any]:
+def _layer(device: Device, count: int, width: int, inner: int, make: Make | None) -> experts.ExpertLayer[Any]:
     shapes = ((count, inner, width), (count, inner, width), (count, width, inner))
     kernels, dtype = device.kernels(), DTYPES[device.dtype]
     gate, up, down = (_numbers(device, *shape).mul_(shape[2] ** -0.5) for shape in shapes)
     if make is None:
         layer = kernels.experts(gate, up, down)
     else:
-        first, second, third = (make(weight.flatten(0, 1)) for weight in (gate, up, down))
+        first, second, third = (make(weight.flatten(0, 1), weight.shape[1]) for weight in (gate, up, down))
         layer = kernels.quantized_experts(first, second, third, count, "float", dtype)
     assert isinstance(layer, experts.ExpertLayer)
     return layer

@@ -312,7 +312,8 @@ def _require_finite(piece: Tensor, info: TensorInfo) -> None:
         dtype = str(piece.dtype).removeprefix("torch.")
         raise WrongTensors(
             f"{info.file.name}: tensor {info.name} stands for numbers that {dtype} cannot hold",
-            "set spec.engine.dtype to bfloat16 or float32; or the file is damaged",
+            ("set spec.engine.dtype to bfloat16 or float32; or " if dtype == "float16" else "")
+            + "the file is damaged, or its numbers were never right",
         )
 
 

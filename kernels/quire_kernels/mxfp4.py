@@ -22,6 +22,8 @@ GROUP = 32
 """Inputs that share a power."""
 NO_POWER = 255
 """Stands for no number."""
+_PIECE = 1 << 21
+"""Bytes of codes that are on their way to a device at a time."""
 _SIZES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _NUMBERS = torch.tensor([*_SIZES, *(-size for size in _SIZES)])
 
@@ -51,9 +53,12 @@ class Mxfp4Weight:
 
     def put(self, start: int, codes: Tensor, powers: Tensor) -> None:
         """`codes` [n, K / 2] and `powers` [n, K / 32] uint8, on any device, as the outputs from `start` on."""
-        some = slice(start, start + codes.shape[0])
-        self.values[some] = codes.to(self.values.device)
-        self.scales[some] = powers.to(self.scales.device)
+        step = max(1, _PIECE // codes.shape[1])
+        for first in range(0, codes.shape[0], step):
+            piece = slice(first, first + step)
+            at = slice(start + first, start + first + codes[piece].shape[0])
+            self.values[at] = codes[piece].to(self.values.device)
+            self.scales[at] = powers[piece].to(self.scales.device)
 
     def part(self, outputs: slice | Tensor) -> Mxfp4Weight:
         """Some outputs, by a slice or by their numbers [n] int64."""

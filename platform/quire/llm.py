@@ -186,9 +186,9 @@ class LLM:
             )
         except Unquantizable as found:
             if quantization is None and found.field == "activations":
-                raise ValueError(
-                    f"activations is {activations!r}: {found}\nhint: {_INSTEAD[found.field]}"
-                ) from None
+                plain = kind == "cpu" or profile.fp8 is None  # there is nothing that another dtype would meet
+                instead = 'activations="auto"' if plain else _INSTEAD[found.field]
+                raise ValueError(f"activations is {activations!r}: {found}\nhint: {instead}") from None
             instead = 'device="cpu"' if quantization is None else _INSTEAD[found.field]
             raise ValueError(f"quantization is {quantization!r}: {found}\nhint: {instead}") from None
         if kv_dtype != "auto" and (problem := kv_misfit(profile, kv_dtype, kind)):
@@ -753,7 +753,7 @@ def _check_quantization(method: object, group_size: object, activations: object)
             raise ValueError(
                 f'group_size is {group_size}, and only quantization="int4" has groups\nhint: group_size=None'
             )
-    if method is None and activations == "int8":  # fp8 and bf16 are those of a checkpoint in fp8
+    if method is None and activations == "int8":  # the others may be those of a checkpoint in fp8 or MXFP4
         raise ValueError(
             f"activations is {activations!r}, and nothing is quantized\n"
             'hint: quantization="int8" or "int4", or activations="auto"'

@@ -74,6 +74,8 @@ def resolve(
             why = "the checkpoint is in floats, and nothing of it is quantized"
             if packed:
                 why = "experts in MXFP4 are multiplied by numbers of the engine's dtype"
+                if device == "cpu":
+                    why = "experts in MXFP4 are widened on a CPU, where no input is rounded"
             if profile.fp8 is not None:
                 why = "weights in fp8 are widened on a CPU, where no input is rounded"
             other: Declared = "fp8" if activations == "fp8" else "int8"
@@ -122,7 +124,7 @@ def resolve(
 def _unfit(profile: ModelProfile, method: Declared, device: Literal["cpu", "cuda"]) -> str:
     """Why a declared method cannot be had on that device, whatever else is declared; empty if it can."""
     if method == "none":
-        return "" if profile.fp8 is None or device == "cpu" else _half_in_fp8(profile)
+        return "" if profile.fp8 is None or device == "cpu" else misfit(profile, Quantization("fp8", "fp8"))
     size = GROUP_SIZES[0] if method == "int4" else None
     return (
         device_misfit(method, device)
@@ -145,9 +147,9 @@ def _instead(profile: ModelProfile, method: Declared, device: Literal["cpu", "cu
 
 def misfit(profile: ModelProfile, quantization: Quantization) -> str:
     """Which quantized weight has a number of inputs that the format does not take; empty if all fit. In fp8 any
-    number does, but what is multiplied as one weight must be in fp8 as one."""
+    number does, of experts any even one, but what is multiplied as one weight must be in fp8 as one."""
     if quantization.method == "fp8":
-        return _half_in_fp8(profile)
+        return _half_in_fp8(profile) or _odd_experts(profile)
     if quantization.method == "mxfp4":  # the checkpoint was looked at
         return ""
     size = quantization.group_size
@@ -179,6 +181,21 @@ def _half_in_fp8(profile: ModelProfile) -> str:
             there, lacking = (first, name) if whole else (name, first)
             return f"{there} is in fp8 and {lacking} is not, and on a GPU they are multiplied as one"
     return ""
+
+
+def _odd_experts(profile: ModelProfile) -> str:
+    experts = profile.experts
+    if experts is None or (profile.fp8 is not None and not has_coded_experts(profile)):
+        return ""
+    for inputs in (profile.hidden_size, experts.intermediate_size):
+        if inputs % 2:
+            return f"experts have {inputs} inputs, and in fp8 two are multiplied at once"
+    return ""
+
+
+def has_coded_experts(profile: ModelProfile) -> bool:
+    """Whether the checkpoint has experts in fp8."""
+    return any(".experts." in name for name in _in_fp8(profile))
 
 
 def _one_on_a_gpu(name: str) -> str | None:

@@ -498,7 +498,8 @@ def _quantization(facts: Facts) -> Iterator[Finding]:
         }[method]
         yield Finding((*at, "groupSize"), why, "remove groupSize, or declare method: int4", True)
     if method == "none":
-        # a checkpoint in fp8 is that on a GPU: fp8 and bf16 are left to `quantization.resolve`, which knows it
+        # a checkpoint in fp8 or MXFP4 is that on a GPU: fp8 and bf16 are left to `quantization.resolve`, which
+        # knows it
         scripted, device = facts["spec.engine.runner"] == "scripted", facts["spec.engine.device"]
         if activations != "auto" and (activations == "int8" or scripted or device == "cpu"):
             why = "nothing is quantized with method none" + (" on a CPU" if device == "cpu" else "")

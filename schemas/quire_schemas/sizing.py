@@ -40,6 +40,7 @@ from quire_schemas.quantization import (
     GROUP_SIZES,
     QUANTIZED_AT_A_TIME,
     experts_misfit,
+    has_coded_experts,
     is_quantized,
     is_wide,
     misfit,
@@ -680,6 +681,9 @@ def _notes(profile: ModelProfile, report: FitReport) -> Iterable[str]:
     if which and request.runner == "model":
         device = {"cpu": "a CPU", "cuda": "a GPU"}[request.device]
         yield f"{which} are widened to {request.dtype}, for nothing on {device} multiplies them"
+    rounded = request.quantization is not None and request.quantization.activations == "fp8"
+    if rounded and profile.experts is not None and (profile.fp8 is None or has_coded_experts(profile)):
+        yield f"experts meet their input in {request.dtype}: it is rounded to fp8 for the other layers alone"
     if request.max_model_len is None and report.max_model_len < profile.max_position_embeddings:
         whole = not request.chunked_prefill and report.max_model_len == request.max_num_batched_tokens
         yield (

@@ -245,7 +245,7 @@ def _scale(scale, CODES: tl.constexpr):
 @triton.jit
 def _scales_at(beside, group, groups, stride, CODES: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr):
     """Of the four parts of a unit of SIZE inputs, the first of which are in `group`, what scales their sums; of
-    the last group where there is none. `beside`: of the first group; the next lies `stride` behind it. In 8 bits
+    the last group where there is none. `beside`: of the first group; the next lies `stride` behind it. In int8
     nothing is read."""
     if CODES == _INT8:
         a, b, c, d = 0.0, 0.0, 0.0, 0.0
@@ -453,7 +453,7 @@ class Coded:
     def of(cls, weight: QuantizedWeight, count: int, dtype: torch.dtype) -> Coded:
         """Takes over the `weight` [E · N, K] of `count` experts, whose bytes are put in order where they are.
 
-        Raises `KernelError` for widths that no kernel is made for.
+        Raises `KernelError` for an odd width in 8 bits, and for outputs that are no whole blocks in fp8.
         """
         (rows, width), values = weight.shape, weight.values
         shape = count, rows // count, width

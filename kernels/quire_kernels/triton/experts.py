@@ -614,6 +614,8 @@ class ExpertLayer(Generic[Kept]):
         inward, outward = (count, inner, width), (count, width, inner)
         for weight, shape in ((self.up, inward), (self.down, outward)):
             alike = kind_of(weight) == kind_of(self.gate) and weight.dtype == self.gate.dtype
+            if weight is self.up and isinstance(weight, Coded) and isinstance(self.gate, Coded):
+                alike = alike and weight.group == self.gate.group  # one program reads both
             if weight.shape != shape or not alike:
                 raise KernelError(
                     f"experts differ: {self.gate.dtype} {inward} and {weight.dtype} {tuple(weight.shape)}"

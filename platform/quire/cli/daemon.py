@@ -17,7 +17,8 @@ from quire.cli import render
 from quire.cli.change import follow
 from quire.cli.outcome import CommandFailed, ExitCode, interruptible, spelled
 from quire.cli.session import connect, notice, seconds
-from quire.client import Client, Unreachable, display
+from quire.client import Client, Unreachable, display, stands_by
+from quire_operators.host import lock_holder
 from quire_operators.paths import StateDir, check_private
 
 EXTRA_SECONDS = 60.0
@@ -79,20 +80,30 @@ def down(grace: float) -> int:
 
 
 def _answer(client: Client) -> dict[str, Any] | None:
-    """What the control plane says of itself; None if there is none. One that does not listen and has the lock is
-    about to do so, or is ending: it is waited for."""
-    deadline = time.monotonic() + EXTRA_SECONDS
+    """What the control plane says of itself; None if there is none. One that has the lock and does not listen is
+    about to do so, or is ending: it is waited for, unless it stands by, for that one looks for the mark of `down`.
+    """
+    state, began, told = client.state, time.monotonic(), False
     while True:
         try:
             return dict(client.get("/v1/ping"))
         except Unreachable:
             if client.is_running():
                 raise
-        state = client.state
-        if not state.daemon_lock.exists() or wait_for_lock(state, time.monotonic() + 0.1):
+        holder = lock_holder(state.daemon_lock)
+        if holder is None or stands_by(state):
             return None
-        if time.monotonic() > deadline:
-            raise _still_runs(state, EXTRA_SECONDS)
+        waited = time.monotonic() - began
+        if waited > EXTRA_SECONDS:
+            raise CommandFailed(
+                f"process {holder} has {display(state.daemon_lock)} and has not answered for {EXTRA_SECONDS:g} s",
+                f"see what it does, or the control plane's log: {display(state.log('controlplane'))}",
+                ExitCode.TIMED_OUT,
+            )
+        if waited > 1.0 and not told:
+            notice(f"waiting for process {holder}, which starts or ends")
+            told = True
+        time.sleep(0.05)
 
 
 def _living(state: StateDir) -> list[Path]:
@@ -130,13 +141,9 @@ def _wait_down(client: Client, timeout: float) -> None:
     stop everything stays, and says so."""
     if wait_for_lock(client.state, time.monotonic() + timeout, lambda: _raise_failure(client)):
         return
-    raise _still_runs(client.state, timeout)
-
-
-def _still_runs(state: StateDir, seconds: float) -> CommandFailed:
-    return CommandFailed(
-        f"the control plane still runs after {seconds:g} s",
-        f"see its log: {display(state.log('controlplane'))}",
+    raise CommandFailed(
+        f"the control plane still runs after {timeout:g} s",
+        f"see its log: {display(client.state.log('controlplane'))}",
         ExitCode.TIMED_OUT,
     )
 

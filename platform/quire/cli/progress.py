@@ -162,6 +162,7 @@ class Display:
 
     def finish(self, views: Sequence[View]) -> None:
         """Show the end of it, whole: nothing is redrawn after this, so lines may wrap."""
+        views = [_of_now(view) for view in views]
         self.show(views)
         if self._redraw:
             self._draw([render.progress_line(view, WIDE) for view in views])

@@ -590,13 +590,13 @@ def test_mxfp4_whose_numbers_a_dtype_cannot_hold_is_refused(
     """6 times the power of two is infinite; 1 times it is not, nor is 6 times half of it."""
     name = "model.layers.1.mlp.experts.down_proj"
 
-    def lie(code: int, power: int) -> DecoderModel:
+    def lie(code: int, power: int, quantization: Quantization | None = None) -> DecoderModel:
         def change(tensors: dict[str, Tensor]) -> None:
             tensors[f"{name}_blocks"][2, 5, 1] = code * 17
             tensors[f"{name}_scales"][2, 5, 1] = power
 
         in_mxfp4(tmp_path, change)
-        return open_model(tmp_path, dtype)[0]
+        return open_model(tmp_path, dtype, quantization=quantization)[0]
 
     stands = f"{name}_blocks stands for numbers that {str(dtype)[6:]} cannot hold"
     for code, more in ((7, 0), (15, 0), (7, 1)):
@@ -605,6 +605,10 @@ def test_mxfp4_whose_numbers_a_dtype_cannot_hold_is_refused(
     for code, less in ((7, 1), (2, 0)):
         model = lie(code, power - less)
         assert all(bool(parameter.isfinite().all()) for parameter in model.parameters())
+    # what stays as it is meets float32
+    with pytest.raises(WrongTensors, match=f"{name}_blocks stands for numbers that float32 cannot hold"):
+        lie(7, 253, MXFP4)
+    assert any(part.dtype == torch.uint8 for part in lie(7, 252, MXFP4).parameters())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -209,6 +209,18 @@ def test_a_token_that_is_not_finite_spoils_no_other(group: Format) -> None:
     assert torch.equal(found[others], whole[others])
 
 
+def test_mxfp4_has_every_power_there_is() -> None:
+    """Of the lowest one the number is subnormal in float32; what is inside is as large as that needs."""
+    three = weights(1, 32, 32, "mxfp4")
+    for part, power in zip(three, (120, 246, 0), strict=True):
+        part.scales.fill_(power)
+    x, choice, shares = random(2, 32), *sent(2, 1, 1)
+    numbers, of = stood_for(three, 1), layer(three, 1, torch.float32)
+    exact = formula(x, choice, shares, numbers)
+    assert 1e-6 < exact.abs().max() < 1e6
+    close(of(x, choice, shares), exact)
+
+
 def test_what_cannot_be_a_layer_is_refused() -> None:
     eight, four = weights(2, 32, 64, 0), weights(2, 32, 64, 32)
     with pytest.raises(KernelError, match="by floating-point activations"):
@@ -219,6 +231,9 @@ def test_what_cannot_be_a_layer_is_refused() -> None:
     with pytest.raises(KernelError, match="whole words of inputs, and 3 are none"):
         kernels.quantized_experts(odd, odd, odd, 2, "float", torch.float16)
     blocks = quantize_fp8(random(64, 32))
+    gate, down = (quantize_fp8(random(64, 32), shared) for shared in (32, 16))
+    with pytest.raises(KernelError, match="experts differ"):
+        kernels.quantized_experts(gate, quantize_fp8(random(64, 32), 16), down, 2, "float", torch.float16)
     with pytest.raises(KernelError, match="32 outputs of an expert are no whole blocks of 64"):
         kernels.quantized_experts(blocks, blocks, blocks, 2, "float", torch.float16)
     with pytest.raises(KernelError, match="float32"):

@@ -913,6 +913,19 @@ def test_down_waits_for_a_control_plane_that_is_ending_already(
     assert said(capsys)[0] == "nothing is running\n"
 
 
+def test_down_waits_for_none_that_stands_by_with_the_lock(
+    state: StateDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One that cannot reach its database keeps it, and ends by the mark that `down` leaves."""
+    state.create()
+    with open(state.daemon_lock, "w") as lock, open(state.standby_lock, "w") as waiting:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        fcntl.flock(waiting, fcntl.LOCK_SH)
+        assert main(["down"]) == ExitCode.OK
+    assert said(capsys)[0] == "nothing is running\n"
+    assert state.down_marker.exists()
+
+
 def test_a_down_that_leaves_something_alive_says_what_and_fails(
     state: StateDir, server: AdminServer, capsys: pytest.CaptureFixture[str]
 ) -> None:

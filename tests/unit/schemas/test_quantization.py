@@ -238,12 +238,34 @@ def test_experts_in_mxfp4_stay_so_on_a_gpu_and_are_widened_on_a_cpu() -> None:
     assert "widened" not in lines
 
 
-@pytest.mark.parametrize("activations", ["int8", "fp8", "fp16"])
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_experts_in_mxfp4_meet_numbers_of_the_engine_alone(activations: str, device: Any) -> None:
-    with pytest.raises(Unquantizable, match="multiplied by numbers of the engine's dtype") as refused:
+@pytest.mark.parametrize(
+    ("activations", "device", "words"),
+    [
+        *((one, "cuda", "multiplied by numbers of the engine's dtype") for one in ("int8", "fp8", "fp16")),
+        *((one, "cpu", "widened on a CPU, where no input is rounded") for one in ("int8", "bf16")),
+    ],
+)
+def test_experts_in_mxfp4_meet_numbers_of_the_engine_alone(activations: str, device: Any, words: str) -> None:
+    with pytest.raises(Unquantizable, match=words) as refused:
         resolve(section("none", activations), PACKED, dtype="bfloat16", device=device)
     assert (refused.value.field, refused.value.hint) == ("activations", "declare activations: auto")
+
+
+def test_experts_in_fp8_have_pairs_of_inputs_and_are_never_rounded_for() -> None:
+    odd = replace(MIXTRAL, experts=replace(MIXTRAL.experts, intermediate_size=97))  # type: ignore[type-var]
+    for profile, method in ((odd, "fp8"), (in_fp8(odd), "none"), (in_fp8(odd), "fp8")):
+        with pytest.raises(Unquantizable, match="experts have 97 inputs, and in fp8 two are multiplied at once"):
+            resolve(section(method), profile, dtype="bfloat16", device="cuda")
+    assert resolve(section("none"), in_fp8(odd, "experts"), dtype="bfloat16", device="cuda") is not None
+    said = "experts meet their input in bfloat16"
+    for profile, tells in (
+        (in_fp8(MIXTRAL), True),
+        (in_fp8(LLAMA_8B), False),
+        (in_fp8(MIXTRAL, "experts"), False),
+    ):
+        lines = fit(profile, gpu(80, quantization=Quantization("fp8", "fp8"))).lines()
+        assert (said in "".join(lines)) is tells
+    assert said not in "".join(fit(in_fp8(MIXTRAL), gpu(80, quantization=Quantization("fp8", "bf16"))).lines())
 
 
 def test_what_is_widened_is_said_of_either_format() -> None:
