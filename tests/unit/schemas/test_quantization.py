@@ -238,6 +238,17 @@ def test_experts_in_mxfp4_stay_so_on_a_gpu_and_are_widened_on_a_cpu() -> None:
     assert "widened" not in lines
 
 
+def test_the_gpt_oss_of_117_billion_fits_a_card_of_80_gib() -> None:
+    """As ADR 0049 has it; widened it fits none of 141 either."""
+    shape = {"num_hidden_layers": 36, "num_local_experts": 128, "hidden_size": 2880, "intermediate_size": 2880}
+    heads = {"num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 201_088}
+    large = profile_from_config({**PACKED.raw, **shape, **heads})
+    kept = fit(large, gpu(80, quantization=Quantization("mxfp4", "bf16")))
+    assert kept.fits
+    assert 60 * GIB < kept.weights < 61 * GIB
+    assert not fit(large, gpu(141)).fits
+
+
 @pytest.mark.parametrize(
     ("activations", "device", "words"),
     [
